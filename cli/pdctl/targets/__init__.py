@@ -1,0 +1,1 @@
+"""Where a deployment lives, behind one protocol."""

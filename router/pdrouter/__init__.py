@@ -1,0 +1,1 @@
+"""A router for vLLM with prefill and decode on separate engines."""

@@ -1,0 +1,1 @@
+"""Pure choices: (request, engines) -> engine. One module a policy."""

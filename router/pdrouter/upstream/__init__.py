@@ -1,0 +1,1 @@
+"""HTTP/1.1 towards engines: pool, protocol, deadlines."""

@@ -1,0 +1,1 @@
+"""Simulated vLLM engines that tell the truth about KV transfer and time."""

@@ -1,0 +1,1 @@
+"""How long things take on the GPU: a model fitted to measurements."""
