@@ -1,0 +1,5 @@
+"""`python -m pdsim.engine`."""
+
+from pdsim.engine.app import main
+
+main()

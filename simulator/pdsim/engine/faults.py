@@ -1,0 +1,34 @@
+"""Faults on request: what `POST /sim/fault` takes."""
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class FaultKind(StrEnum):
+    """What can go wrong with an engine."""
+
+    SLOW = "slow"  # every step lasts `factor` times as long, for `seconds` (0: until told otherwise)
+    HANG = "hang"  # the engine core stands still; HTTP goes on
+    REFUSE = "refuse"  # connections are refused and open ones reset, for `seconds`
+    STATUS = "status"  # the next `count` generation requests are answered with `code`
+    DIE_MID_STREAM = (
+        "die_mid_stream"  # the next `count` answers break off after `after_tokens`; with `exit`, the process ends
+    )
+    EXPIRE_LEASES = "expire_leases"  # every lease of this engine ends now
+    DROP_REMOTE_REQUEST_ID = "drop_remote_request_id"  # the next `count` tickets lack it
+    NONE = "none"  # all faults end
+
+
+class Fault(BaseModel):
+    """One fault; fields that its kind does not use are ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: FaultKind
+    count: int = Field(1, ge=1)
+    seconds: float = Field(0.0, ge=0)
+    factor: float = Field(10.0, gt=0)
+    code: int = Field(500, ge=400, le=599)
+    after_tokens: int = Field(3, ge=0)
+    exit: bool = False
