@@ -16,7 +16,28 @@ from typing import Any
 
 import httpx
 
-WORDS = ["return", "over", "def", "in", "class", "brown", "quick", "dog", "dict", "value", "import", "the", "lazy", "fox", "list", "jumps", "self", "range", "print", "os"]
+WORDS = [
+    "return",
+    "over",
+    "def",
+    "in",
+    "class",
+    "brown",
+    "quick",
+    "dog",
+    "dict",
+    "value",
+    "import",
+    "the",
+    "lazy",
+    "fox",
+    "list",
+    "jumps",
+    "self",
+    "range",
+    "print",
+    "os",
+]
 
 
 def prompt(start: int, words: int) -> str:

@@ -146,7 +146,9 @@ class Api:
         if not isinstance(error, HTTPException):
             raise error
         detail = {404: "Not Found", 405: "Method Not Allowed"}.get(error.status_code, str(error))
-        headers = {name: value.removeprefix("HEAD, ") for name, value in (error.headers or {}).items()}
+        headers = dict(error.headers or {})
+        if "Allow" in headers:  # FastAPI does not answer HEAD where it answers GET
+            headers["Allow"] = ", ".join(sorted(set(headers["Allow"].split(", ")) - {"HEAD"}))
         return Json({"detail": detail}, error.status_code, headers | ORIGIN)
 
     @staticmethod
@@ -390,7 +392,7 @@ class Api:
             "truncation_side": "left",
             "name_or_path": self.limits.model,
             "is_local": True,
-            "local_files_only": False,
+            "local_files_only": True,
             "added_tokens_decoder": self.tokenizer.added_tokens,
         }
         return Json(info, headers=ORIGIN)

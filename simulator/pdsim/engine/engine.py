@@ -104,6 +104,7 @@ class Engine:
         self._in_flight_transfers = 0
         self._stepping = False
         self._step_end = 0.0
+        self._frontend_free = 0.0
         self._texts: list[str] = []
         self._loop: asyncio.AbstractEventLoop
 
@@ -150,9 +151,12 @@ class Engine:
         """
         if self.dead:
             raise EngineDeadError
+        profile, speed = self.settings.profile, self.settings.speed
         tokens = sum(len(sequence.prompt) for sequence in sequences)
-        delay = self.settings.profile.frontend_seconds(tokens) / self.settings.speed
-        self._loop.call_later(delay, self._enqueue, sequences)
+        # one frontend process reads one request after the other
+        after_last = self._frontend_free + (profile.frontend_seconds(tokens) - profile.frontend_seconds(0)) / speed
+        self._frontend_free = max(self._loop.time() + profile.frontend_seconds(tokens) / speed, after_last)
+        self._loop.call_at(self._frontend_free, self._enqueue, sequences)
 
     def _enqueue(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -453,7 +457,8 @@ class Engine:
             remote = self._remote(params)
             answer = await remote.read(params["remote_engine_id"], str(params["remote_request_id"]), ids)
             self._judge(sequence, params, answer.lease)
-            await asyncio.sleep(begin + seconds / self.settings.speed - self._loop.time())
+            due = begin + (seconds + self.settings.profile.transfer_notice) / self.settings.speed
+            await asyncio.sleep(due - self._loop.time())
             fill(blocks, answer.contents)
             loaded = True
             moved = len(blocks) * self.settings.block_size * self.settings.profile.kv_bytes_per_token

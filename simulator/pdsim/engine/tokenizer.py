@@ -6,13 +6,7 @@ from importlib.resources import as_file, files
 from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as BytePairs
-
-
-def _described(token: AddedToken) -> dict[str, Any]:
-    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    return {name: getattr(token, name) for name in names}
 
 
 class Tokenizer:
@@ -29,7 +23,7 @@ class Tokenizer:
         self.eos = self._id(self.config["eos_token"])
         added = self._pairs.get_added_tokens_decoder()
         self.special = {int(token) for token in added}
-        self.added_tokens = {str(number): _described(token) for number, token in added.items()}
+        self.added_tokens = {str(number): token.content for number, token in added.items()}
         self._template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
             self.chat_template
         )

@@ -1,0 +1,137 @@
+"""The time model: an engine step, the frontend, a KV transfer.
+
+A step streams the weights or computes the new tokens, whichever lasts longer, and adds what attention costs: for new
+tokens by the pairs they form, for decoding sequences by the KV they read. Coefficients are fitted by
+`scripts/fit_timing.py` to the figures in `h200.json`; `python -m pdsim.timing` shows both side by side.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prompt tokens of one request that one step computes.
+
+    Args:
+        new_tokens: tokens computed now.
+        context: tokens of the same request already in the KV cache.
+    """
+
+    new_tokens: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Coefficients of one GPU serving one model; all times in seconds.
+
+    Args:
+        name: the profile's name.
+        frontend_base: HTTP, validation and hand-over of a request, whatever its length.
+        frontend_per_token: the part that grows with the prompt (parsing, block hashes).
+        answer: from the end of a step to bytes on the socket.
+        decode_base: a step that only decodes, at batch 0: weights, launches, scheduler.
+        decode_per_sequence: added by each decoding sequence (sampling, bookkeeping).
+        decode_per_sequence_squared: growth of that cost with the batch.
+        decode_per_context_token: reading one token's KV.
+        prefill_base: what every step with prompt tokens costs beside its compute.
+        prefill_floor: least compute time of such a step (weights are streamed once).
+        prefill_per_token: compute of one new token when the step is compute-bound.
+        pair: attention of one new token to one earlier token of the same chunk.
+        context_pair: the same to a token that is already in the cache.
+        context_base: added when any chunk has such context.
+        transfer_base: a KV transfer of no tokens (descriptors, posting, completion).
+        transfer_per_token: moving one token's KV while the link is free.
+        transfer_share: how much each other transfer under way stretches the moving.
+        transfer_notice: from the end of a transfer to the scheduler knowing it.
+        kv_bytes_per_token: KV cache of one token.
+        kv_cache_tokens: tokens the KV cache has room for.
+        max_num_batched_tokens: tokens of one step (vLLM's default on this GPU).
+    """
+
+    name: str
+    frontend_base: float
+    frontend_per_token: float
+    answer: float
+    decode_base: float
+    decode_per_sequence: float
+    decode_per_sequence_squared: float
+    decode_per_context_token: float
+    prefill_base: float
+    prefill_floor: float
+    prefill_per_token: float
+    pair: float
+    context_pair: float
+    context_base: float
+    transfer_base: float
+    transfer_per_token: float
+    transfer_share: float
+    transfer_notice: float
+    kv_bytes_per_token: int
+    kv_cache_tokens: int
+    max_num_batched_tokens: int
+
+    def step_seconds(self, chunks: Sequence[Chunk], decode_seqs: int, decode_context: int) -> float:
+        """Give the time of one engine step.
+
+        Args:
+            chunks: the prompt tokens it computes.
+            decode_seqs: sequences that get one more token.
+            decode_context: tokens in the KV cache of these, summed.
+        """
+        decoding = (
+            self.decode_per_sequence + self.decode_per_sequence_squared * decode_seqs
+        ) * decode_seqs + self.decode_per_context_token * decode_context
+        if not chunks:
+            return self.decode_base + decoding
+        new = pairs = context_pairs = 0
+        for chunk in chunks:
+            new += chunk.new_tokens
+            pairs += chunk.new_tokens * chunk.new_tokens
+            context_pairs += chunk.new_tokens * chunk.context
+        seconds = self.prefill_base + max(self.prefill_floor, self.prefill_per_token * new)
+        seconds += self.pair * pairs / 2 + decoding
+        if context_pairs:
+            seconds += self.context_base + self.context_pair * context_pairs
+        return seconds
+
+    def frontend_seconds(self, prompt_tokens: int) -> float:
+        """Give the time from a request's arrival to its being in the scheduler's queue."""
+        return self.frontend_base + self.frontend_per_token * prompt_tokens
+
+    def answer_seconds(self) -> float:
+        """Give the time from the end of a step to bytes on the socket."""
+        return self.answer
+
+    def transfer_seconds(self, tokens: int, in_flight: int) -> float:
+        """Give the time of moving the KV of `tokens` while `in_flight` other transfers are under way.
+
+        It is what `vllm:nixl_xfer_time_seconds` counts; the scheduler learns of it `transfer_notice` later.
+        """
+        return self.transfer_base + self.transfer_per_token * tokens * (1 + self.transfer_share * in_flight)
+
+
+@cache
+def _known() -> dict[str, Profile]:
+    folder = files("pdsim.timing")
+    found = {}
+    for name in ("h200",):
+        told = json.loads((folder / f"{name}.json").read_text())
+        found[name] = Profile(name=name, **told["model"])
+    return found
+
+
+def load_profile(name: str) -> Profile:
+    """Give a profile by name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    try:
+        return _known()[name]
+    except KeyError:
+        raise ValueError(f"no timing profile {name!r}; known: {', '.join(_known())}") from None

@@ -1,0 +1,1 @@
+"""What several suites need: real engines and routers as processes, polling, prompts."""
