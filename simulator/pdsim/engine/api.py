@@ -31,6 +31,7 @@ from pdsim.engine.protocol import (
     TokenizeRequest,
     check_fields,
     check_model,
+    is_text,
     parse,
     prompts_of,
     sampling_of,
@@ -179,7 +180,7 @@ class Api:
         self._watch_protocol(body, raw, f"{prefix}-{public_id}")
         try:
             sequences, answer = self._prepare(http, body, f"{prefix}-{public_id}")
-            self.engine.submit(sequences)
+            self.engine.submit(sequences, is_text(body))
         except EngineDeadError as error:
             raise _failure(error) from error
         except RequestError:

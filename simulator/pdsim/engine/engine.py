@@ -105,6 +105,7 @@ class Engine:
         self._stepping = False
         self._step_end = 0.0
         self._frontend_free = 0.0
+        self._texts_waiting: list[Sequence] = []
         self._texts: list[str] = []
         self._loop: asyncio.AbstractEventLoop
 
@@ -142,21 +143,30 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------------------------
 
-    def submit(self, sequences: list[Sequence]) -> None:
+    def submit(self, sequences: list[Sequence], from_text: bool) -> None:
         """Take the sequences of one request; they reach the scheduler after the modelled frontend time.
 
         Raises:
             EngineDeadError: the engine core has died.
-
         """
         if self.dead:
             raise EngineDeadError
-        profile, speed = self.settings.profile, self.settings.speed
+        profile, speed, now = self.settings.profile, self.settings.speed, self._loop.time()
+        if from_text:
+            if not self._texts_waiting:
+                self._loop.call_later((profile.frontend_seconds(0) + profile.tokenize_window) / speed, self._tokenize)
+            self._texts_waiting += sequences
+            return
         tokens = sum(len(sequence.prompt) for sequence in sequences)
         # one frontend process reads one request after the other
         after_last = self._frontend_free + (profile.frontend_seconds(tokens) - profile.frontend_seconds(0)) / speed
-        self._frontend_free = max(self._loop.time() + profile.frontend_seconds(tokens) / speed, after_last)
+        self._frontend_free = max(now + profile.frontend_seconds(tokens) / speed, after_last)
         self._loop.call_at(self._frontend_free, self._enqueue, sequences)
+
+    def _tokenize(self) -> None:
+        batch, self._texts_waiting = self._texts_waiting, []
+        seconds = self.settings.profile.tokenize_seconds(max(len(sequence.prompt) for sequence in batch))
+        self._loop.call_later(seconds / self.settings.speed, self._enqueue, batch)
 
     def _enqueue(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -231,7 +241,7 @@ class Engine:
         for item in work:
             if item.sequence.scheduled_at is None:
                 item.sequence.scheduled_at = begin
-            if item.count == 1 and item.sequence.outputs:
+            if item.count == 1:  # a new token, or the last prompt token behind fetched KV: both run as decodes
                 decodes += 1
                 context += item.start
             else:

@@ -248,8 +248,15 @@ def check_fields(request: CompletionRequest | ChatRequest) -> None:
             raise RequestError("You must pass at least one prompt")
 
 
+def is_text(request: CompletionRequest | ChatRequest) -> bool:
+    """Whether the prompts of a request have to be tokenized."""
+    if isinstance(request, ChatRequest) or isinstance(request.prompt, str):
+        return True
+    return isinstance(request.prompt, list) and isinstance(request.prompt[0], str)
+
+
 def prompts_of(request: CompletionRequest | ChatRequest, tokenizer: Tokenizer, limits: Limits) -> list[list[int]]:
-    """Tokenize the prompts of a request.
+    """Give the token ids of the prompts of a request.
 
     Raises:
         RequestError: a token is unknown or a prompt too long.
@@ -260,10 +267,8 @@ def prompts_of(request: CompletionRequest | ChatRequest, tokenizer: Tokenizer, l
         texts: list[str | list[int]] = [
             tokenizer.chat(messages, request.add_generation_prompt, request.continue_final_message)
         ]
-        from_text = True
     else:
         prompt = request.prompt
-        from_text = isinstance(prompt, str) or (isinstance(prompt, list) and isinstance(prompt[0], str))
         many = isinstance(prompt, list) and isinstance(prompt[0], str | list)
         texts = list(prompt) if many else [prompt]  # type: ignore[arg-type,list-item]
     prompts = [tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
@@ -274,7 +279,7 @@ def prompts_of(request: CompletionRequest | ChatRequest, tokenizer: Tokenizer, l
         if len(prompt_ids) > limits.max_model_len:
             # text is tokenized only one token further than fits
             count, told = len(prompt_ids), str(len(prompt_ids))
-            if from_text:
+            if is_text(request):
                 count, told = limits.max_model_len + 1, f"at least {limits.max_model_len + 1}"
             message = (
                 f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt contains "

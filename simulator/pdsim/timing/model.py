@@ -32,7 +32,10 @@ class Profile:
     Args:
         name: the profile's name.
         frontend_base: HTTP, validation and hand-over of a request, whatever its length.
-        frontend_per_token: the part that grows with the prompt (parsing, block hashes).
+        frontend_per_token: the part that grows with a prompt of token ids (parsing, block hashes).
+        tokenize_window: how long the tokenizer waits for more texts to take together (vLLM's
+            AsyncMicrobatchTokenizer); requests that come within it reach the scheduler together.
+        tokenize_per_token: tokenizing and hashing one token of text.
         answer: from the end of a step to bytes on the socket.
         decode_base: a step that only decodes, at batch 0: weights, launches, scheduler.
         decode_per_sequence: added by each decoding sequence (sampling, bookkeeping).
@@ -56,6 +59,8 @@ class Profile:
     name: str
     frontend_base: float
     frontend_per_token: float
+    tokenize_window: float
+    tokenize_per_token: float
     answer: float
     decode_base: float
     decode_per_sequence: float
@@ -100,8 +105,12 @@ class Profile:
         return seconds
 
     def frontend_seconds(self, prompt_tokens: int) -> float:
-        """Give the time from a request's arrival to its being in the scheduler's queue."""
+        """Give the time from the arrival of a prompt of token ids to its being in the scheduler's queue."""
         return self.frontend_base + self.frontend_per_token * prompt_tokens
+
+    def tokenize_seconds(self, prompt_tokens: int) -> float:
+        """Give the time from the end of the window to the scheduler's queue, by the longest text of a batch."""
+        return self.tokenize_per_token * prompt_tokens
 
     def answer_seconds(self) -> float:
         """Give the time from the end of a step to bytes on the socket."""
