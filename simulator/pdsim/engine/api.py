@@ -475,7 +475,7 @@ class Api:
                 if fault.seconds:
                     loop.call_later(fault.seconds, engine.resume)
             case FaultKind.REFUSE:
-                self.refuse(fault.seconds or 5.0)
+                loop.call_later(0.05, self.refuse, fault.seconds or 5.0)  # this answer goes out first
             case FaultKind.STATUS:
                 self._status_faults = [fault.code] * fault.count
             case FaultKind.DIE_MID_STREAM:

@@ -428,6 +428,9 @@ class Engine:
             self._spawn(self._notify(params, "done"))
             return
         missing = [key for key in TICKET_KEYS if key not in params]
+        if not params.get("remote_block_ids"):
+            self.violations.add(Rule.TICKET_MISSING_KEYS, sequence.request_id, missing=["remote_block_ids"])
+            raise SchedulerAssertionError("num_external_tokens == 0")
         if missing:
             rule = Rule.TICKET_MISSING_REQUEST_ID if missing == ["remote_request_id"] else Rule.TICKET_MISSING_KEYS
             self.violations.add(rule, sequence.request_id, missing=missing)

@@ -135,8 +135,6 @@ class Scheduler:
             except OutOfBlocksError:
                 self.pool.release(found)
                 return False
-            if not sequence.params or not sequence.params.get("remote_block_ids"):
-                raise SchedulerAssertionError("num_external_tokens == 0")
             sequence.blocks = [*found, *fresh]
             sequence.status = Status.FETCHING
             sequence.external_tokens = length - cached

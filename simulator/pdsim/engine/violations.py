@@ -40,7 +40,8 @@ class Violations:
         self._entries: deque[dict[str, Any]] = deque(maxlen=keep)
 
     def add(self, rule: Rule, request_id: str, **fields: Any) -> None:
-        """Record a breach with the fields that broke the rule."""
+        """Record a breach with the fields that broke the rule; the log keeps it even if the engine dies of it."""
+        print(f"violation {rule.value} request_id={request_id} {fields}", flush=True)
         self._entries.append({"rule": rule.value, "request_id": request_id, "fields": fields, "at": time.time()})
 
     def listed(self) -> list[dict[str, Any]]:
