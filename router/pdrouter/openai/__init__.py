@@ -1,1 +1,1 @@
-"""What a request means: routing key, prefill leg, decode leg, what may not be disaggregated."""
+"""What a request means: routing key, legs, splitting a batch, merging answers."""

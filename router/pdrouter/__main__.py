@@ -1,0 +1,5 @@
+"""`python -m pdrouter`."""
+
+from pdrouter.app import main
+
+main()

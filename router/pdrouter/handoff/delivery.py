@@ -1,0 +1,91 @@
+"""The client's side of a request under way: deadline, disconnect, flow control, and settling exactly once."""
+
+import asyncio
+
+from pdrouter.handoff.client import Client
+from pdrouter.handoff.desk import Desk
+from pdrouter.handoff.failure import JSON_HEADERS, Failure, leg_failure
+from pdrouter.handoff.pair import Served
+from pdrouter.observe.record import Record
+
+CLIENT_GONE = 499  # nginx's status for a client that left; it is only seen in logs and metrics
+
+
+class Delivery:
+    """Brings what engines answer to one client, and the client's absence to the engines."""
+
+    def __init__(self, desk: Desk, client: Client, record: Record) -> None:
+        self.client = client
+        self.record = record
+        self.desk = desk
+        self.started = False
+        self.event_stream = False
+        self.settled = False
+        self._served: list[Served] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, *served: Served) -> None:
+        """Start serving; at the request's deadline what is under way is broken off."""
+        self.client.listener = self
+        self._timer = self.desk.loop.call_later(self.desk.request_timeout, self._expired)
+        self._served.extend(served)
+        for one in served:
+            if not self.settled:
+                one.start()
+
+    def add(self, served: Served) -> None:
+        """Start serving one part more."""
+        self._served.append(served)
+        served.start()
+
+    def _expired(self) -> None:
+        seconds = self.desk.request_timeout
+        self.fail(leg_failure(504, "router", "timeout", f"The request took longer than {seconds:g} s."))
+
+    def settle(self, status: int) -> None:
+        """Record the end. Only the first call counts."""
+        if self.settled:
+            return
+        self.settled = True
+        self.client.listener = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self._served.clear()
+        self.record.status = status
+        self.desk.observer.finished(self.record)
+
+    def fail(self, failure: Failure) -> None:
+        """Tell the client that there will be no (complete) answer, and break off what is under way."""
+        if self.settled:
+            return
+        served = self._served[:]
+        self.record.error(failure.leg, failure.reason)
+        self.settle(failure.status)
+        for one in served:
+            one.abort()
+        if not self.started:
+            self.client.respond(failure.status, failure.body, JSON_HEADERS)
+            return
+        if self.event_stream:
+            self.client.write(b"data: %b\n\n" % failure.body)
+        self.client.break_off()
+
+    def client_gone(self) -> None:
+        """Abort every leg at once."""
+        if self.settled:
+            return
+        served = self._served[:]
+        self.record.error("router", "client_gone")
+        self.settle(CLIENT_GONE)
+        for one in served:
+            one.abort()
+
+    def client_slow(self) -> None:
+        """Let the engines wait too, so that nothing piles up here."""
+        for one in self._served:
+            one.pause()
+
+    def client_ready(self) -> None:
+        """Go on."""
+        for one in self._served:
+            one.resume()

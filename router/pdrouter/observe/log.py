@@ -1,0 +1,93 @@
+"""Log lines of the form key=value that nothing from outside can break up or forge."""
+
+import asyncio
+import logging
+import os
+import re
+import sys
+from datetime import UTC, datetime
+
+import orjson
+
+from pdrouter.observe.record import Record
+
+_PLAIN = re.compile(r"[A-Za-z0-9_./:@%+,\-\[\]]+")
+_FLUSH_AFTER = 0.02
+_LARGE = 65536
+
+
+def quoted(value: str) -> str:
+    """Give a value for a log line: as it is when harmless, else as a JSON string in ASCII."""
+    if _PLAIN.fullmatch(value):
+        return value
+    text = orjson.dumps(value.encode("utf-8", "replace").decode()).decode()
+    return text if text.isascii() and text.isprintable() else ascii(text)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.1f}"
+
+
+def request_line(record: Record, ended: float) -> str:
+    """Give the line of one finished request (`ended`: `perf_counter` seconds)."""
+    sent, first = record.decode_sent_at, record.first_byte_at
+    ttft = first - sent if first is not None and sent is not None else None
+    prefill = ",".join(dict.fromkeys(record.prefill)) or "none"
+    decode = ",".join(dict.fromkeys(record.decode)) or "none"
+    line = (
+        f"request_id={quoted(record.request_id)} path={quoted(record.path)} status={record.status} "
+        f"prefill={quoted(prefill)} decode={quoted(decode)} prefill_ms={_milliseconds(record.prefill_seconds)} "
+        f"decode_ttft_ms={_milliseconds(ttft)} total_ms={_milliseconds(ended - record.started)} "
+        f"reason={quoted(record.reason or '-')}"
+    )
+    if record.error_leg is not None:
+        line += f" error_leg={record.error_leg} error={quoted(record.error_reason or '-')}"
+    return line
+
+
+class RequestLog:
+    """Writes the lines of requests to standard error.
+
+    Lines of 20 ms go out in one write: a write for each would cost more than the rest of a request's bookkeeping.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, enabled: bool) -> None:
+        self._loop = loop
+        self._enabled = enabled
+        self._lines: list[str] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def write(self, record: Record, ended: float) -> None:
+        """Write the line of a finished request, soon."""
+        if not self._enabled:
+            return
+        now = datetime.now(UTC)
+        self._lines.append(
+            f"{now:%Y-%m-%dT%H:%M:%S}.{now.microsecond // 1000:03d}Z INFO {request_line(record, ended)}\n"
+        )
+        if self._timer is None:
+            self._timer = self._loop.call_later(_FLUSH_AFTER, self.flush)
+
+    def flush(self) -> None:
+        """Write what is waiting, now."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._lines:
+            lines, self._lines = "".join(self._lines), []
+            try:
+                sys.stderr.flush()
+                os.write(sys.stderr.fileno(), lines.encode())
+            except OSError:
+                self._enabled = False  # the reader is gone; serving goes on
+
+
+def set_up(level: str) -> None:
+    """Send the router's own messages to standard error, from a level on."""
+    logging.Formatter.converter = lambda *_: datetime.now(UTC).timetuple()
+    logging.basicConfig(
+        level=level.upper(),
+        format="%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+        stream=sys.stderr,
+    )

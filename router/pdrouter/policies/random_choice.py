@@ -1,0 +1,20 @@
+"""Any engine, each as likely as another."""
+
+import random
+from collections.abc import Sequence
+
+from pdrouter.policies.choice import C, RoutingKey
+
+
+class RandomChoice:
+    """Draw an engine; `seed` makes the draws repeat."""
+
+    name = "random"
+    uses_key = False
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._draw = random.Random(seed)
+
+    def choose(self, key: RoutingKey, candidates: Sequence[C]) -> C:
+        """Draw one engine."""
+        return candidates[int(self._draw.random() * len(candidates))]

@@ -1,0 +1,209 @@
+"""What each path does."""
+
+import hmac
+from collections.abc import Callable
+
+import orjson
+
+from pdrouter.handoff.alone import Alone
+from pdrouter.handoff.batch import Batch, Part
+from pdrouter.handoff.desk import Desk
+from pdrouter.handoff.failure import JSON_HEADERS
+from pdrouter.handoff.leg import Way
+from pdrouter.handoff.pair import Pair, Served
+from pdrouter.handoff.relay import Relay
+from pdrouter.observe.record import Record
+from pdrouter.openai.asked import CHAT, COMPLETIONS, Asked, read
+from pdrouter.openai.batch import choices_per_prompt, part_body
+from pdrouter.openai.errors import RequestError, error_body
+from pdrouter.openai.legs import without_ticket
+from pdrouter.openai.routing_key import bytes_key, header_key, routing_key
+from pdrouter.policies import RoutingKey
+from pdrouter.server.connection import ClientRequest
+from pdrouter.server.headers import forwarded, request_id
+
+GENERATIONS = frozenset((COMPLETIONS, CHAT))
+_PASSED = frozenset(("/tokenize", "/detokenize", "/tokenizer_info", "/version"))
+# Paths that may be labels of metrics; any other would let clients grow the metrics page.
+_LABELS = GENERATIONS | _PASSED | {"/v1/models", "/v1/embeddings", "/v1/responses", "/v1/messages"}
+_JSON_LINE = b"content-type: application/json\r\n"
+_METRICS_HEADERS = b"content-type: text/plain; version=1.0.0; charset=utf-8\r\n"
+
+
+class Routes:
+    """Serves the public port."""
+
+    def __init__(self, desk: Desk, api_key: str | None, draining: Callable[[], bool]) -> None:
+        self._desk = desk
+        self._credential = f"Bearer {api_key}".encode() if api_key else None
+        self._draining = draining
+        self._own = {"/health": self._health, "/ready": self._ready, "/list_workers": self._list_workers}
+
+    def handle(self, request: ClientRequest) -> None:
+        """Serve a request."""
+        path, _, _ = request.target.decode("latin-1").partition("?")
+        own = self._own.get(path)
+        if own is not None:
+            if path == "/list_workers" and not self._allowed(request):
+                self._refuse(request, path, 401, "api_key", "The API key is missing or wrong.")
+            elif self._method(request, path, "GET"):
+                own(request)
+        elif path in GENERATIONS:
+            if self._method(request, path, "POST") and self._admitted(request, path):
+                self._generate(request, path)
+        elif path in _PASSED or (path.startswith("/v1/") and ".." not in path):
+            if self._method(request, path, "GET", "POST") and self._admitted(request, path):
+                self._pass_on(request, path)
+        else:
+            self._refuse(request, "other", 404, "not_found", f"There is no {path[:200]} here.")
+
+    def _label(self, path: str) -> str:
+        return path if path in _LABELS or path in self._own else "other"
+
+    def _method(self, request: ClientRequest, path: str, *known: str) -> bool:
+        method = request.method.decode("latin-1")
+        if method in known or (method == "HEAD" and "GET" in known):
+            return True
+        allow = f"allow: {', '.join((*known, 'HEAD') if 'GET' in known else known)}, OPTIONS\r\n".encode()
+        if method == "OPTIONS":
+            request.respond(204, b"", allow)
+        else:
+            message = f"{path[:200]} answers {' and '.join(known)}, not {method}."
+            self._refuse(request, self._label(path), 405, "method", message, allow)
+        return False
+
+    def _allowed(self, request: ClientRequest) -> bool:
+        if self._credential is None:
+            return True
+        return hmac.compare_digest(request.header(b"authorization") or b"", self._credential)
+
+    def _admitted(self, request: ClientRequest, path: str) -> bool:
+        label = self._label(path)
+        if not self._allowed(request):
+            message = "The API key is missing or wrong; send it as Authorization: Bearer KEY."
+            self._refuse(request, label, 401, "api_key", message, b"www-authenticate: Bearer\r\n")
+            return False
+        encoding = request.header(b"content-encoding")
+        if encoding is not None and encoding.lower() != b"identity":
+            self._refuse(request, label, 415, "encoding", "The router takes bodies without content-encoding.")
+            return False
+        return True
+
+    def _refuse(
+        self, request: ClientRequest, label: str, status: int, reason: str, message: str, headers: bytes = b""
+    ) -> None:
+        record = Record(request_id(request.header(b"x-request-id")), label, "refused")
+        record.status = status
+        record.error("router", reason)
+        request.respond(status, error_body(status, message), JSON_HEADERS + headers)
+        self._desk.observer.finished(record)
+
+    # generation
+
+    def _generate(self, request: ClientRequest, path: str) -> None:
+        raw = request.body
+        try:
+            asked = read(path, raw)
+        except RequestError as error:
+            self._refuse(request, path, error.status, "body", error.message)
+            return
+        record = Record(request_id(request.header(b"x-request-id")), path, generation=True)
+        told = forwarded(request.headers) + _JSON_LINE
+        if asked.alone is not None:
+            self._generate_alone(request, asked, raw, record, told)
+        elif asked.prompts is not None:
+            self._generate_batch(request, asked, asked.prompts, record, told)
+        else:
+            desk = self._desk
+            key = routing_key(request.headers, asked.body, raw)
+            record.reason = desk.pair_reason(key)
+            relay = Relay(desk, request, record)
+            way = Way(b"POST", request.target, told, record.request_id)
+            relay.begin(Pair(desk, way, asked.body, without_ticket(asked.body, raw), key, record, relay))
+
+    def _generate_alone(self, request: ClientRequest, asked: Asked, raw: bytes, record: Record, told: bytes) -> None:
+        desk = self._desk
+        key = routing_key(request.headers, asked.body, raw)
+        record.reason = f"single_engine:{asked.alone}"
+        relay = Relay(desk, request, record)
+        way = Way(b"POST", request.target, told, record.request_id)
+        relay.begin(Alone(desk, way, without_ticket(asked.body, raw), key, record, relay))
+
+    def _generate_batch(
+        self, request: ClientRequest, asked: Asked, prompts: list[object], record: Record, told: bytes
+    ) -> None:
+        desk = self._desk
+        whole = header_key(request.headers)
+
+        def make(number: int, part: Part) -> Served:
+            body = part_body(asked.body, prompts[number])
+            bare = orjson.dumps(body)
+            key = whole or routing_key((), body, bare)
+            if number == 0:
+                record.reason = f"{desk.pair_reason(key)}:batch_of_{len(prompts)}"
+            way = Way(b"POST", request.target, told, f"{record.request_id}-{number}")
+            return Pair(desk, way, body, bare, key, record, part)
+
+        Batch(desk, request, record, len(prompts), choices_per_prompt(asked.body), asked.stream, make).run()
+
+    # everything else
+
+    def _pass_on(self, request: ClientRequest, path: str) -> None:
+        desk = self._desk
+        record = Record(request_id(request.header(b"x-request-id")), self._label(path), "single_engine:path")
+        told = forwarded(request.headers)
+        for name in (b"content-type", b"accept"):
+            value = request.header(name)
+            if value is not None:
+                told += b"%b: %b\r\n" % (name, value)
+        key = header_key(request.headers) or self._path_key(request)
+        relay = Relay(desk, request, record)
+        method = b"GET" if request.method == b"HEAD" else request.method
+        way = Way(method, request.target, told, record.request_id)
+        relay.begin(Alone(desk, way, request.body, key, record, relay))
+
+    @staticmethod
+    def _path_key(request: ClientRequest) -> RoutingKey:
+        return bytes_key(request.body or request.target)
+
+    # the router's own paths
+
+    def _health(self, request: ClientRequest) -> None:
+        request.respond(200, b'{"status":"ok"}', JSON_HEADERS)
+
+    def _ready(self, request: ClientRequest) -> None:
+        fleet = self._desk.fleet
+        ready = fleet.ready() and not self._draining()
+        state: dict[str, object] = {"status": "ready" if ready else "not_ready"}
+        for role, engines in fleet.engines.items():
+            state[role.value] = {"healthy": len(fleet.healthy(role)), "total": len(engines)}
+        request.respond(200 if ready else 503, orjson.dumps(state), JSON_HEADERS)
+
+    def _list_workers(self, request: ClientRequest) -> None:
+        workers = [
+            {
+                "url": engine.url,
+                "role": engine.role.value,
+                "healthy": engine.healthy,
+                "in_flight": engine.in_flight,
+                "model": engine.model,
+            }
+            for engine in self._desk.fleet
+        ]
+        request.respond(200, orjson.dumps({"workers": workers}), JSON_HEADERS)
+
+
+class MetricsRoutes:
+    """Serves the metrics port."""
+
+    def __init__(self, page: Callable[[], bytes]) -> None:
+        self._page = page
+
+    def handle(self, request: ClientRequest) -> None:
+        """Serve a request."""
+        if request.target.partition(b"?")[0] != b"/metrics":
+            request.respond(404, error_body(404, "This port has /metrics only."), JSON_HEADERS)
+        elif request.method not in (b"GET", b"HEAD"):
+            request.respond(405, error_body(405, "/metrics answers GET."), JSON_HEADERS + b"allow: GET, HEAD\r\n")
+        else:
+            request.respond(200, self._page(), _METRICS_HEADERS)

@@ -1,0 +1,172 @@
+"""One HTTP/1.1 connection to an engine."""
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol, cast
+
+import httptools
+
+from pdrouter.fleet.engine import Engine
+from pdrouter.upstream.errors import ClosedError, MalformedError, UpstreamError
+
+if TYPE_CHECKING:
+    from pdrouter.upstream.pool import Call
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Receiver(Protocol):
+    """Gets an engine's answer: `head`, any number of `body`, then `end`; or `failed` at any point, as the last call."""
+
+    def head(self, status: int, headers: Headers) -> None:
+        """Take the status and the headers (lower-case names)."""
+
+    def body(self, data: bytes) -> None:
+        """Take all body bytes that one read from the socket gave."""
+
+    def end(self) -> None:
+        """The answer is complete."""
+
+    def failed(self, error: UpstreamError) -> None:
+        """There will be no (further) answer."""
+
+
+class EngineConnection(asyncio.Protocol):
+    """Carries one call at a time; goes back to its pool after each."""
+
+    def __init__(self, engine: Engine, pool: "Idle") -> None:
+        self.engine = engine
+        self.idle_since = 0.0
+        self.used = False
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._call: Call | None = None
+        self._headers: Headers = []
+        self._pieces: list[bytes] = []
+        self._complete = False
+        self._until_close = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Remember the transport (asyncio)."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def send(self, call: "Call", head: bytes, body: bytes) -> None:
+        """Send a request; its answer goes to the call."""
+        assert self._transport is not None
+        self._call = call
+        if len(body) < 65536:
+            self._transport.write(head + body)
+        else:
+            self._transport.writelines((head, body))
+
+    def pause(self) -> None:
+        """Read no more until `resume`, so that the engine has to wait too."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """Close at once; the engine sees its client go and aborts the request."""
+        self._call = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    def closing(self) -> bool:
+        """Whether it can carry nothing more."""
+        return self._transport is None or self._transport.is_closing()
+
+    # httptools callbacks
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header."""
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """Pass on the head."""
+        status = self._parser.get_status_code()
+        headers, self._headers = self._headers, []
+        if status < 200:
+            return
+        names = {name for name, _ in headers}
+        self._until_close = not names & {b"content-length", b"transfer-encoding"} and status not in (204, 304)
+        if self._call is not None:
+            self._call.began = True
+            self._call.receiver.head(status, headers)
+
+    def on_body(self, data: bytes) -> None:
+        """Collect a piece; pieces of one read are passed on together."""
+        self._pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        """Note the end; `data_received` acts on it once the parser has returned."""
+        if self._parser.get_status_code() >= 200:
+            self._complete = True
+
+    # asyncio callbacks
+
+    def data_received(self, data: bytes) -> None:
+        """Parse and pass on (asyncio)."""
+        if self._call is None:
+            self.abort()  # bytes that nobody asked for
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(MalformedError(f"the answer of {self.engine.url} is not HTTP/1.1: {error}"))
+            return
+        pieces = self._pieces
+        if pieces and self._call is not None:
+            whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces.clear()
+            self._call.receiver.body(whole)
+        if self._complete:
+            self._finish()
+
+    def _finish(self) -> None:
+        call, self._call = self._call, None
+        self._complete = False
+        self.used = True
+        keep = self._parser.should_keep_alive() and not self._until_close
+        if call is None:
+            return
+        # The pool first: the next leg, started by `end`, may want this very connection.
+        if keep:
+            self._pool.put(self)
+        elif self._transport is not None:
+            self._transport.close()
+        call.over()
+        call.receiver.end()
+
+    def _fail(self, error: UpstreamError) -> None:
+        call = self._call
+        self.abort()
+        if call is not None:
+            call.lost(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail the call, if one is open (asyncio)."""
+        self._pool.drop(self)
+        self._transport = None
+        if self._call is None:
+            return
+        if self._until_close and exc is None and self._call.began:
+            call, self._call = self._call, None
+            call.over()
+            call.receiver.end()
+            return
+        why = f": {exc}" if exc else ""
+        self._fail(ClosedError(f"{self.engine.url} closed the connection before its answer was complete{why}"))
+
+
+class Idle(Protocol):
+    """Where connections go between calls."""
+
+    def put(self, connection: EngineConnection) -> None:
+        """Take a connection that may carry another call."""
+
+    def drop(self, connection: EngineConnection) -> None:
+        """Forget a connection that is closed."""

@@ -1,0 +1,31 @@
+"""What goes wrong between the router and an engine."""
+
+
+class UpstreamError(Exception):
+    """An engine did not give an answer to the end; `reason` is the value for metrics and logs."""
+
+    reason = "upstream"
+
+
+class ConnectError(UpstreamError):
+    """No connection: the engine has not seen the request, so another engine may get it."""
+
+    reason = "connect"
+
+
+class ClosedError(UpstreamError):
+    """The engine closed the connection before its answer was complete."""
+
+    reason = "closed"
+
+
+class MalformedError(UpstreamError):
+    """The engine's answer is not HTTP/1.1."""
+
+    reason = "malformed"
+
+
+class TooLateError(UpstreamError):
+    """There was a connection only after the request had lost its sense; nothing was sent."""
+
+    reason = "too_late"

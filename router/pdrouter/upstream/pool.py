@@ -1,0 +1,207 @@
+"""Calls to engines over kept connections."""
+
+import asyncio
+
+from pdrouter.fleet.engine import Engine
+from pdrouter.upstream.connection import EngineConnection, Receiver
+from pdrouter.upstream.errors import ConnectError, TooLateError, UpstreamError
+
+
+class Call:
+    """One request to one engine.
+
+    It counts as in flight from `Pool.call` until its answer ended, failed or was aborted, exactly once.
+    """
+
+    __slots__ = (
+        "_body", "_connecting", "_connection", "_counted", "_head", "_pool", "_reused",
+        "began", "engine", "not_after", "paused", "receiver",
+    )  # fmt: skip
+
+    def __init__(
+        self, pool: "Pool", engine: Engine, head: bytes, body: bytes, receiver: Receiver, not_after: float | None
+    ) -> None:
+        self.engine = engine
+        self.receiver = receiver
+        self.not_after = not_after
+        self.began = False
+        self.paused = False
+        self._pool = pool
+        self._head = head
+        self._body = body
+        self._connection: EngineConnection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._reused = False
+        self._counted = False
+
+    def start(self, counted: bool) -> None:
+        """Send over an idle connection, or connect."""
+        if counted:
+            self._counted = True
+            self.engine.in_flight += 1
+        connection = self._pool.take(self.engine)
+        if connection is None:
+            self._connect()
+        else:
+            self._reused = True
+            self._send(connection)
+
+    def _connect(self) -> None:
+        self._connecting = self._pool.loop.create_task(self._pool.connect(self))
+
+    def connected(self, connection: EngineConnection) -> None:
+        """Send over a fresh connection, unless it came too late."""
+        self._connecting = None
+        if self.not_after is not None and self._pool.loop.time() > self.not_after:
+            self._pool.put(connection)
+            self.lost(TooLateError(f"no connection to {self.engine.url} in time"))
+            return
+        self._send(connection)
+
+    def _send(self, connection: EngineConnection) -> None:
+        self._connection = connection
+        connection.send(self, self._head, self._body)
+        if self.paused:
+            connection.pause()
+
+    def lost(self, error: UpstreamError) -> None:
+        """The connection failed: try once more if only a kept connection had gone stale, else fail."""
+        self._connection = None
+        self._connecting = None
+        if self._reused and not self.began and not isinstance(error, TooLateError):
+            # A server may close an idle connection in the same moment in which a request is sent over it.
+            self._reused = False
+            self._connect()
+            return
+        self.over()
+        self.receiver.failed(error)
+
+    def over(self) -> None:
+        """Count it as no longer in flight."""
+        if self._counted:
+            self._counted = False
+            self.engine.in_flight -= 1
+        self._connection = None
+
+    def abort(self) -> None:
+        """Break it off: the receiver hears nothing more, and the engine sees its client go."""
+        connection, connecting = self._connection, self._connecting
+        self.over()
+        if connection is not None:
+            connection.abort()
+        if connecting is not None:
+            self._connecting = None
+            connecting.cancel()
+
+    def pause(self) -> None:
+        """Take no more of the answer until `resume`."""
+        self.paused = True
+        if self._connection is not None:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        """Take the answer again."""
+        self.paused = False
+        if self._connection is not None:
+            self._connection.resume()
+
+
+class Pool:
+    """Connections to all engines.
+
+    `idle_timeout` (seconds) must be below the engines' own keep-alive (vLLM: `VLLM_HTTP_TIMEOUT_KEEP_ALIVE`, 5 s), so
+    that requests seldom meet a connection that is just being closed.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, connect_timeout: float = 3.0, idle_timeout: float = 4.0
+    ) -> None:
+        self.loop = loop
+        self._connect_timeout = connect_timeout
+        self._idle_timeout = idle_timeout
+        self._idle: dict[Engine, list[EngineConnection]] = {}
+        self._sweep = loop.call_later(1.0, self._close_idle)
+        self._closed = False
+
+    def call(
+        self,
+        engine: Engine,
+        head: bytes,
+        body: bytes,
+        receiver: Receiver,
+        *,
+        not_after: float | None = None,
+        counted: bool = True,
+    ) -> Call:
+        """Send a request to an engine.
+
+        Args:
+            engine: whom to ask.
+            head: request line and headers up to and including the empty line.
+            body: the body that the head announces.
+            receiver: gets the answer, never before this returns.
+            not_after: loop time after which the request must not be sent any more (`TooLateError`).
+            counted: whether it counts as in flight.
+        """
+        call = Call(self, engine, head, body, receiver, not_after)
+        call.start(counted)
+        return call
+
+    def take(self, engine: Engine) -> EngineConnection | None:
+        """Give an idle connection that is fresh enough, the most recently used first."""
+        idle = self._idle.get(engine)
+        oldest = self.loop.time() - self._idle_timeout
+        while idle:
+            connection = idle.pop()
+            if connection.idle_since > oldest and not connection.closing():
+                return connection
+            connection.abort()
+        return None
+
+    def put(self, connection: EngineConnection) -> None:
+        """Keep a connection for the next call."""
+        if self._closed or connection.closing():
+            connection.abort()
+            return
+        connection.resume()
+        connection.idle_since = self.loop.time()
+        self._idle.setdefault(connection.engine, []).append(connection)
+
+    def drop(self, connection: EngineConnection) -> None:
+        """Forget a connection that is closed."""
+        idle = self._idle.get(connection.engine)
+        if idle and connection in idle:
+            idle.remove(connection)
+
+    async def connect(self, call: Call) -> None:
+        """Open a connection for a call."""
+        engine = call.engine
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                _, connection = await self.loop.create_connection(
+                    lambda: EngineConnection(engine, self), engine.host, engine.port
+                )
+        except TimeoutError:
+            call.lost(ConnectError(f"no connection to {engine.url} within {self._connect_timeout:g} s"))
+        except OSError as error:
+            call.lost(ConnectError(f"cannot connect to {engine.url}: {error.strerror or error}"))
+        else:
+            call.connected(connection)
+
+    def _close_idle(self) -> None:
+        oldest = self.loop.time() - self._idle_timeout
+        for idle in self._idle.values():
+            stale = [connection for connection in idle if connection.idle_since <= oldest]
+            for connection in stale:
+                idle.remove(connection)
+                connection.abort()
+        self._sweep = self.loop.call_later(1.0, self._close_idle)
+
+    def close(self) -> None:
+        """Close all idle connections and keep none from now on."""
+        self._closed = True
+        self._sweep.cancel()
+        for idle in self._idle.values():
+            for connection in idle:
+                connection.abort()
+            idle.clear()
