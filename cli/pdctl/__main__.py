@@ -1,0 +1,5 @@
+"""`python -m pdctl`."""
+
+from pdctl.app import main
+
+main()

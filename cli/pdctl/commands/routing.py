@@ -1,0 +1,68 @@
+"""`pdctl routing`: who served whom, is KV really moving, was the protocol kept."""
+
+import typer
+from rich.table import Table
+
+from pdctl.commands.options import Json, Name
+from pdctl.console import bytes_text, err, out, print_json
+from pdctl.errors import ExitCode
+from pdctl.targets import LocalTarget, Routing
+
+SHOWN_VIOLATIONS = 10
+
+
+def routing(name: Name = "local", json: Json = False) -> None:
+    """Show prompts and KV bytes by pair, and breaches of the handoff protocol. Exit status 1 when there are any."""
+    target = LocalTarget.find(name)
+    told = target.routing()
+    if json:
+        print_json(
+            {
+                "name": name,
+                "simulated": target.simulated,
+                "pairs": [{"prefill": p, "decode": d, "prompts": n} for (p, d), n in sorted(told.pairs.items())],
+                "transfers": [
+                    {"prefill": p, "decode": d, "transfers": count, "bytes": moved}
+                    for (p, d), (count, moved) in sorted(told.transfers.items())
+                ],
+                "violations": told.violations,
+                "silent": told.silent,
+            }
+        )
+    else:
+        _show(target, told)
+    if told.violations or told.silent:
+        raise typer.Exit(ExitCode.FAILURE)
+
+
+def _number(name: str) -> tuple[str, int]:
+    role, _, number = name.rpartition("-")
+    return (role, int(number)) if number.isdigit() else (name, -1)
+
+
+def _show(target: LocalTarget, told: Routing) -> None:
+    prompts = sum(told.pairs.values())
+    out.print(f"[bold]{target.name}[/]  prompts served by prefill (down) and decode (across)  [yellow](simulated)[/]")
+    if told.pairs:
+        prefills = sorted({prefill for prefill, _ in told.pairs}, key=_number)
+        decodes = sorted({decode for _, decode in told.pairs}, key=_number)
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+        table.add_column("")
+        for decode in [*decodes, "total"]:
+            table.add_column(decode.removeprefix("decode-") if len(decodes) > 6 else decode, justify="right")
+        for prefill in prefills:
+            row = [told.pairs.get((prefill, decode), 0) for decode in decodes]
+            shown = "one engine alone" if prefill == "none" else prefill
+            table.add_row(shown, *(str(count or "·") for count in row), str(sum(row)))
+        out.print(table)
+    count = sum(transfers for transfers, _ in told.transfers.values())
+    moved = sum(total for _, total in told.transfers.values())
+    out.print(
+        f"{prompts} prompts, {count} KV transfers over {len(told.transfers)} pairs, {bytes_text(moved)} of KV moved"
+    )
+    for engine in told.silent:
+        err.print(f"[red]{engine} does not answer[/]; its transfers and violations are missing here")
+    colour = "red" if told.violations else "green"
+    out.print(f"[{colour}]{len(told.violations)} protocol violations[/]")
+    for entry in told.violations[:SHOWN_VIOLATIONS]:
+        out.print(f"  {entry['engine']}: {entry['rule']} {entry['request_id']} {entry['fields']}", markup=False)

@@ -1,0 +1,31 @@
+"""Errors with a cause and a next step, and the exit codes of pdctl."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What pdctl's exit status means."""
+
+    OK = 0
+    FAILURE = 1  # it ran and did not succeed
+    USAGE = 2  # a flag or argument makes no sense
+    PREFLIGHT = 3  # something it needs is missing or taken; nothing was started
+    TIMEOUT = 4
+    INTERRUPTED = 130  # Ctrl-C
+
+
+class PdctlError(Exception):
+    """A command cannot go on.
+
+    Args:
+        cause: what is wrong, one sentence.
+        next_step: what to do about it.
+        code: the exit status.
+        evidence: lines to show between the two, such as the end of a log.
+    """
+
+    def __init__(
+        self, cause: str, next_step: str, code: ExitCode = ExitCode.FAILURE, evidence: list[str] | None = None
+    ) -> None:
+        super().__init__(cause)
+        self.cause, self.next_step, self.code, self.evidence = cause, next_step, code, evidence or []

@@ -1,0 +1,108 @@
+"""`python -m pdctl.supervisor NAME`: starts a local deployment's processes and notes how they end; SIGTERM stops all.
+
+It runs in a session of its own and outlives the command that started it. Its children are killed when it dies.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+import psutil
+
+from pdctl.deployment import Deployment, load, locked
+
+GRACE_SECONDS = 5.0
+PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    with contextlib.suppress(OSError, AttributeError):  # only Linux has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _start(deployment: Deployment) -> dict[str, subprocess.Popen[bytes]]:
+    started = {}
+    for member in deployment.members:
+        with deployment.log(member.name).open("ab") as log:
+            child = subprocess.Popen(
+                member.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 the supervisor has one thread
+            )
+        started[member.name] = child
+        member.pid = child.pid
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.created = psutil.Process(child.pid).create_time()
+    return started
+
+
+def _reap(deployment: Deployment, children: dict[str, subprocess.Popen[bytes]]) -> bool:
+    """Note who has ended; True when anything changed."""
+    changed = False
+    for member in deployment.members:
+        if member.exit is None and (status := children[member.name].poll()) is not None:
+            member.exit = status
+            changed = True
+    return changed
+
+
+def _stop(children: dict[str, subprocess.Popen[bytes]]) -> None:
+    for child in children.values():
+        if child.poll() is None:
+            child.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for child in children.values():
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+class _Stopped(Exception):  # noqa: N818 a signal, not an error
+    pass
+
+
+def main(name: str) -> int:
+    """Supervise until told to stop."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped
+
+    with locked(name) as mine:
+        if not mine:
+            print(f"a supervisor of {name} already runs", file=sys.stderr)
+            return 1
+        deployment = load(name)
+        deployment.supervisor_pid = os.getpid()
+        deployment.supervisor_created = psutil.Process().create_time()
+        deployment.started = time.time()
+        children: dict[str, subprocess.Popen[bytes]] = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            children = _start(deployment)
+            deployment.save()
+            while True:
+                time.sleep(0.2)
+                if _reap(deployment, children):
+                    deployment.save()
+        except _Stopped:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            _stop(children)
+            _reap(deployment, children)
+            deployment.save()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

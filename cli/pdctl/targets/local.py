@@ -1,0 +1,353 @@
+"""A deployment as processes on this machine: simulated engines and the router under a supervisor."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from pdctl import deployment
+from pdctl.deployment import Deployment, Member
+from pdctl.errors import ExitCode, PdctlError
+from pdctl.targets.target import Health, Routing
+
+PREFILL_PORT, DECODE_PORT, SIDE_PORT, ROUTER_PORT, METRICS_PORT = 8000, 8200, 5600, 10001, 29000
+MOST_OF_A_ROLE = 100
+STOP_SECONDS = 12.0
+LOG_LINES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What `deploy --local` was asked for."""
+
+    name: str
+    prefill: int
+    decode: int
+    model: str
+    speed: float
+    seed: int | None
+    policy: str
+    port: int | None
+
+
+def program(name: str) -> str:
+    """Find a program beside this Python or on PATH.
+
+    Raises:
+        PdctlError: it is not installed.
+    """
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        package = {"pd-engine-sim": "pd-simulator", "pd-router": "pd-router"}[name]
+        raise PdctlError(
+            f"the program {name} is not installed",
+            f"run: {sys.executable} -m pip install {package}",
+            ExitCode.PREFLIGHT,
+        )
+    return found
+
+
+def free(host: str, port: int) -> bool:
+    """Whether an address can be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_port(wished: int, taken: set[int]) -> int:
+    for port in range(wished, wished + 1000):
+        if port not in taken and free("127.0.0.1", port):
+            taken.add(port)
+            return port
+    raise PdctlError(f"no free port from {wished} on", "stop what holds them", ExitCode.PREFLIGHT)
+
+
+def _subnet() -> int:
+    """Give the first x of 127.1.x.y that nobody uses."""
+    used = set()
+    for name in deployment.names():
+        with contextlib.suppress(PdctlError):
+            known = deployment.load(name)
+            if known.supervised or known.running:
+                used.add(known.subnet)
+    for subnet in range(1, 255):
+        if subnet not in used and free(f"127.1.{subnet}.1", PREFILL_PORT):
+            return subnet
+    raise PdctlError(
+        "no loopback network 127.1.x is free", "run pdctl cleanup on an old deployment", ExitCode.PREFLIGHT
+    )
+
+
+def plan(wish: Wish) -> Deployment:
+    """Work out the processes and addresses of a deployment; nothing is started.
+
+    Raises:
+        PdctlError: a port or name is taken, or a program missing.
+    """
+    folder = deployment.folder_of(wish.name)
+    with deployment.locked(wish.name) as ours:
+        taken = not ours
+    if taken:
+        raise PdctlError(
+            f"a deployment named {wish.name!r} already runs",
+            f"look at it with pdctl status --name {wish.name}, end it with pdctl cleanup --name {wish.name}, "
+            "or choose another --name",
+            ExitCode.PREFLIGHT,
+        )
+    left = (
+        [member.name for member in deployment.load(wish.name).running] if (folder / "deployment.json").exists() else []
+    )
+    if left:
+        raise PdctlError(
+            f"processes of an earlier {wish.name!r} are left whose supervisor died: {', '.join(left)}",
+            f"run pdctl cleanup --name {wish.name}",
+            ExitCode.PREFLIGHT,
+        )
+    engine, router = program("pd-engine-sim"), program("pd-router")
+    port = wish.port or ROUTER_PORT
+    if wish.port is not None and not free("127.0.0.1", wish.port):
+        raise PdctlError(f"port {wish.port} is taken by another program", "choose another --port", ExitCode.PREFLIGHT)
+    ports: set[int] = set()
+    port = _free_port(port, ports)
+    metrics = _free_port(METRICS_PORT, ports)
+    own_addresses = free("127.1.1.1", 0)
+    made = Deployment(
+        wish.name, _subnet() if own_addresses else 0, wish.model, wish.speed, wish.policy,
+        f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics}/metrics",
+    )  # fmt: skip
+    for role, count, first, engine_port in (
+        ("prefill", wish.prefill, 1, PREFILL_PORT),
+        ("decode", wish.decode, 1 + MOST_OF_A_ROLE, DECODE_PORT),
+    ):
+        for number in range(count):
+            if own_addresses:
+                host, http, side = f"127.1.{made.subnet}.{first + number}", engine_port, SIDE_PORT
+            else:  # systems that have only 127.0.0.1, such as macOS
+                host = "127.0.0.1"
+                http, side = _free_port(engine_port, ports), _free_port(SIDE_PORT, ports)
+            command = [engine, "--role", role, "--host", host, "--port", str(http), "--side-channel-port", str(side)]
+            command += ["--model", wish.model, "--speed", f"{wish.speed:g}"]
+            if wish.seed is not None:
+                command += ["--seed", str(wish.seed + len(made.members))]
+            made.members.append(Member(f"{role}-{number}", role, f"http://{host}:{http}", command))
+    command = [router, "--vllm-pd-disaggregation", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics), "--policy", wish.policy]
+    command += [part for member in made.engines for part in (f"--{member.role}", member.url)]
+    made.members.append(Member("router", "router", made.router_url, command))
+    return made
+
+
+class LocalTarget:
+    """A local deployment."""
+
+    simulated = True
+
+    def __init__(self, known: Deployment) -> None:
+        self._deployment = known
+        self.name = known.name
+        self.router_url = known.router_url
+        self.model = known.model
+
+    @classmethod
+    def find(cls, name: str) -> "LocalTarget":
+        """Find a deployment.
+
+        Raises:
+            PdctlError: there is none of that name.
+        """
+        return cls(deployment.load(name))
+
+    def start(self, timeout: float, on_ready: Callable[[Member, float], None]) -> None:
+        """Start a planned deployment and wait until every part answers.
+
+        Raises:
+            PdctlError: a part ended or did not answer in time; everything has been stopped again.
+        """
+        known = self._deployment
+        shutil.rmtree(known.folder / "logs", ignore_errors=True)
+        (known.folder / "logs").mkdir(parents=True, exist_ok=True)
+        known.save()
+        with known.log("supervisor").open("ab") as log:
+            supervisor = subprocess.Popen(
+                [sys.executable, "-m", "pdctl.supervisor", known.name],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        try:
+            self._wait(supervisor, timeout, on_ready)
+        except BaseException:
+            if supervisor.poll() is None:
+                supervisor.terminate()
+                supervisor.wait()
+            raise
+
+    def _wait(
+        self, supervisor: subprocess.Popen[bytes], timeout: float, on_ready: Callable[[Member, float], None]
+    ) -> None:
+        begin = time.monotonic()
+        waiting = {member.name: member for member in self._deployment.members}
+        with httpx.Client(timeout=2.0) as client:
+            while waiting:
+                if supervisor.poll() is not None:
+                    raise self._failure("supervisor", f"the supervisor ended with status {supervisor.returncode}")
+                self._deployment = deployment.load(self.name)
+                for member in self._deployment.members:
+                    if member.exit is not None:
+                        raise self._failure(member.name, f"{member.name} ended while starting ({ended(member.exit)})")
+                for member in list(waiting.values()):
+                    path = "/ready" if member.role == "router" else "/health"
+                    with contextlib.suppress(httpx.HTTPError):
+                        if client.get(member.url + path).status_code == 200:
+                            del waiting[member.name]
+                            on_ready(member, time.monotonic() - begin)
+                if waiting and time.monotonic() - begin > timeout:
+                    name = next(iter(waiting))
+                    raise self._failure(
+                        name,
+                        f"not ready within {timeout:g} s: {', '.join(waiting)}",
+                        ExitCode.TIMEOUT,
+                    )
+                if waiting:
+                    time.sleep(0.1)
+
+    def _failure(self, member: str, cause: str, code: ExitCode = ExitCode.FAILURE) -> PdctlError:
+        log = self._deployment.log(member)
+        lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:] if log.exists() else []
+        return PdctlError(
+            f"{cause}; everything has been stopped again",
+            f"see the whole log: {log}",
+            code,
+            lines or [f"(nothing in {member}'s log)"],
+        )
+
+    def health(self) -> list[Health]:
+        """Tell how each part is."""
+        with httpx.Client(timeout=2.0) as client, ThreadPoolExecutor(16) as pool:
+            return list(pool.map(lambda member: self._health(client, member), self._deployment.members))
+
+    def _health(self, client: httpx.Client, member: Member) -> Health:
+        uptime = None if member.created is None else time.time() - member.created
+        if not member.alive:
+            how = "gone" if member.exit is None else ended(member.exit)
+            return Health(member.name, member.role, member.url, member.pid, how, None)
+        try:
+            answer = client.get(member.url + ("/ready" if member.role == "router" else "/sim/state"))
+            details: dict[str, Any] = answer.json()
+            state = "ready" if answer.status_code == 200 else "not ready"
+        except (httpx.HTTPError, ValueError):
+            details, state = {}, "not answering"
+        return Health(member.name, member.role, member.url, member.pid, state, uptime, details)
+
+    def routing(self) -> Routing:
+        """Tell who served whom."""
+        by_url = {member.url: member.name for member in self._deployment.members}
+        try:
+            page = httpx.get(self._deployment.metrics_url, timeout=5).text
+        except httpx.HTTPError as error:
+            raise PdctlError(
+                f"the router's metrics at {self._deployment.metrics_url} cannot be read: {error}",
+                f"look at pdctl status --name {self.name}",
+            ) from error
+        pairs = {
+            tuple(by_url.get(sample.labels[leg], sample.labels[leg]) for leg in ("prefill", "decode")): int(
+                sample.value
+            )
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+            if sample.name == "pd_router_pairs_total"
+        }
+        # tickets name the side channel, which is on the engine's own address
+        by_host = {
+            (member.url.split("//")[1].split(":")[0], _side_port(member)): member.name
+            for member in self._deployment.engines
+        }
+        transfers: dict[tuple[str, str], tuple[int, int]] = {}
+        violations: list[dict[str, Any]] = []
+        silent = []
+        with httpx.Client(timeout=5.0) as client:
+            for member in self._deployment.engines:
+                try:
+                    state = client.get(member.url + "/sim/state").json()
+                    seen = client.get(member.url + "/sim/violations").json()
+                except (httpx.HTTPError, ValueError):
+                    silent.append(member.name)
+                    continue
+                violations += [{"engine": member.name} | entry for entry in seen]
+                for edge in state["transfers"]:
+                    remote = by_host.get((edge["host"], edge["port"]), f"{edge['host']}:{edge['port']}")
+                    count, moved = transfers.get((remote, member.name), (0, 0))
+                    transfers[remote, member.name] = (count + edge["transfers"], moved + edge["bytes"])
+        return Routing({(p, d): n for (p, d), n in pairs.items()}, transfers, violations, silent)
+
+    def logs(self, role: str | None, tail: int, follow: bool) -> Iterator[tuple[str, str]]:
+        """Give (member, line) pairs of the logs; with `follow` without end."""
+        chosen = [member for member in self._deployment.members if role in (None, member.role)]
+        files = {}
+        for member in chosen:
+            path = self._deployment.log(member.name)
+            if not path.exists():
+                continue
+            file = files[member.name] = path.open(errors="replace")
+            for line in file.readlines()[-tail:] if tail else file.readlines()[:0]:
+                yield member.name, line.rstrip("\n")
+        try:
+            while follow:
+                quiet = True
+                for name, file in files.items():
+                    for line in file.readlines():
+                        quiet = False
+                        yield name, line.rstrip("\n")
+                if quiet:
+                    time.sleep(0.2)
+        finally:
+            for file in files.values():
+                file.close()
+
+    def stop(self) -> list[str]:
+        """Stop everything, also what a dead supervisor left; give the names of what could not be stopped."""
+        known = self._deployment
+        if known.supervised and known.supervisor_pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(known.supervisor_pid, signal.SIGTERM)
+            deadline = time.monotonic() + STOP_SECONDS
+            while known.supervised and time.monotonic() < deadline:
+                time.sleep(0.05)
+        for member in known.running:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                psutil.Process(member.pid).kill()
+        deadline = time.monotonic() + 5
+        while known.running and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left = [member.name for member in known.running]
+        if known.supervised:
+            left.append("supervisor")
+        return left
+
+
+def _side_port(member: Member) -> int:
+    return int(member.command[member.command.index("--side-channel-port") + 1])
+
+
+def ended(status: int) -> str:
+    """Say how a process ended."""
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-status).name}"
+    return f"exit status {status}"
