@@ -1,13 +1,17 @@
 """Where output goes: data to stdout, progress and errors to stderr."""
 
+import sys
+
 import orjson
 from rich.console import Console
 from rich.text import Text
 
 from pdctl.errors import PdctlError
 
-out = Console(soft_wrap=False, highlight=False)
-err = Console(stderr=True, highlight=False)
+WIDE = 200  # columns where there is no terminal that tells: nothing is cut off in a pipe or a file
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDE)
 
 
 def print_json(data: object) -> None:

@@ -233,7 +233,7 @@ class Api:
                 params = None if body.kv_transfer_params is None else dict(body.kv_transfer_params)
                 name = internal if body.n == 1 else f"{choice}_{internal}"
                 own = sampling if choice == 0 else _reseeded(sampling, choice)
-                sequences.append(Sequence(name, prompt, own, params, body.cache_salt, now))
+                sequences.append(Sequence(name, prompt, own, params, body.cache_salt, now, body.n))
         head = Head(request_id, int(time.time()), self.limits.model, self.fingerprint, self.tokenizer)
         return sequences, self._answer(body, head, prompts)
 

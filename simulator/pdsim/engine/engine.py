@@ -284,9 +284,12 @@ class Engine:
     def _apply(self, item: Work, now: float) -> None:
         """Write the KV of the step's tokens; where the sequence is complete, sample its next token."""
         sequence = item.sequence
+        if not sequence.blocks:
+            return  # aborted while the step ran
         context = sequence.context
-        if context is None or not sequence.blocks:
-            return  # preempted or gone since
+        if context is None:
+            # Only now: cached blocks may belong to a sequence of the same step, computed just before this one.
+            context = sequence.context = Context.read(sequence.blocks, item.start, self.settings.block_size)
         if sequence.sampling.prompt_logprobs is not None and item.start < len(sequence.prompt):
             self._score_prompt(sequence, item, context)
         else:
@@ -523,7 +526,7 @@ class Engine:
             breach(Rule.TICKET_ALTERED, **altered)
         if lease["state"] == "expired":
             breach(Rule.TICKET_EXPIRED)
-        elif lease["state"] == "collected" or lease["readers"]:
+        elif lease["readers"] >= sequence.choices:  # each choice of one request reads for itself
             breach(Rule.TICKET_REUSED, readers=lease["readers"])
         if lease["prompt"] != prompt_digest(bytes(sequence.data[: len(sequence.prompt) * 4])):
             breach(

@@ -99,9 +99,6 @@ class Scheduler:
         return work
 
     def _work(self, sequence: Sequence, count: int) -> Work:
-        if sequence.context is None:
-            # Read when the step begins to use it: what the blocks hold by then is what attention sees.
-            sequence.context = Context.read(sequence.blocks, sequence.computed, self.pool.block_size)
         item = Work(sequence, sequence.computed, count)
         sequence.computed += count
         self._register(sequence)

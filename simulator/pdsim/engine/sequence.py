@@ -139,6 +139,7 @@ class Sequence:
     params: dict[str, Any] | None
     salt: str | None
     arrival: float
+    choices: int = 1
     outbox: Outbox = field(default_factory=Outbox)
     status: Status = Status.WAITING
     data: bytearray = field(init=False)
