@@ -41,6 +41,13 @@ class Listener:
                 why = error.strerror or str(error)
             raise ListenError(f"cannot listen on {host}:{port}: {why}") from None
 
+    @property
+    def port(self) -> int:
+        """The port that is listened on; it differs from the one asked for when that was 0."""
+        if self._server is None or not self._server.sockets:
+            return 0
+        return int(self._server.sockets[0].getsockname()[1])
+
     def joined(self, connection: ClientConnection) -> None:
         """A connection is open."""
         self._connections.add(connection)

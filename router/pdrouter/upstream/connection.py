@@ -36,7 +36,6 @@ class EngineConnection(asyncio.Protocol):
     def __init__(self, engine: Engine, pool: "Idle") -> None:
         self.engine = engine
         self.idle_since = 0.0
-        self.used = False
         self._pool = pool
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -44,6 +43,7 @@ class EngineConnection(asyncio.Protocol):
         self._headers: Headers = []
         self._pieces: list[bytes] = []
         self._complete = False
+        self._keep = False
         self._until_close = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -102,9 +102,10 @@ class EngineConnection(asyncio.Protocol):
         self._pieces.append(data)
 
     def on_message_complete(self) -> None:
-        """Note the end; `data_received` acts on it once the parser has returned."""
+        """Note the end; `data_received` acts on it once the parser has returned and has forgotten this message."""
         if self._parser.get_status_code() >= 200:
             self._complete = True
+            self._keep = self._parser.should_keep_alive() and not self._until_close
 
     # asyncio callbacks
 
@@ -129,12 +130,10 @@ class EngineConnection(asyncio.Protocol):
     def _finish(self) -> None:
         call, self._call = self._call, None
         self._complete = False
-        self.used = True
-        keep = self._parser.should_keep_alive() and not self._until_close
         if call is None:
             return
         # The pool first: the next leg, started by `end`, may want this very connection.
-        if keep:
+        if self._keep:
             self._pool.put(self)
         elif self._transport is not None:
             self._transport.close()
