@@ -50,7 +50,7 @@ class Router:
         self._health = Health(self.fleet, self.pool, settings.health_interval_secs, _HEALTH_TIMEOUT, settings.api_key)
         limits = Limits(body=settings.max_payload_size)
         routes = Routes(self.desk, settings.api_key, lambda: self.public.draining)
-        self.public = Listener(routes.handle, limits)
+        self.public = Listener(routes.handle, limits, routes.refused)
         self.scraped = Listener(MetricsRoutes(self.metrics.page).handle, Limits(body=0))
 
     async def start(self) -> None:

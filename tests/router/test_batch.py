@@ -77,7 +77,7 @@ def test_a_streamed_batch_has_one_usage_one_fingerprint_and_one_end(usage):
                 assert [one["usage"] for one in told] == [
                     {"prompt_tokens": 15, "total_tokens": 21, "completion_tokens": 6}
                 ]
-                assert told[0] is answer.events[-1]
+                assert told[0] == answer.events[-1]
                 assert told[0]["choices"] == []
             else:
                 assert told == []

@@ -120,7 +120,12 @@ def test_a_client_that_offers_http2_is_served_as_http_1_1():
             for method, path, body in (("POST", "/v1/completions", b'{"prompt":"x"}'), ("GET", "/health", b"")):
                 answer = await bed.send(wire(method, path, body, offer), method)
                 assert answer.status == 200
-                assert answer.headers["connection"] == "close"
+                assert "upgrade" not in answer.headers
+            reader, writer = await bed.connect()
+            writer.write(wire("POST", "/v1/completions", b'{"prompt":"x"}', offer) * 2)
+            assert [(await read_answer(reader)).status for _ in range(2)] == [200, 200]
+            writer.close()
+            await writer.wait_closed()
 
     run(main)
 
@@ -337,7 +342,7 @@ def test_log_lines_cannot_be_forged(capfd):
     async def main():
         async with routed() as bed:
             await bed.post("/v1/completions", {"prompt": "x", "user": "a\nINFO request_id=fake status=200"})
-            await bed.send(wire("GET", "/v1/x%0aINFO?y=\x7f"), "GET")
+            await bed.send(wire("GET", "/v1/x%0a%20request_id=fake?y=fake"), "GET")
             await bed.send(
                 wire("POST", "/v1/completions", b'{"prompt":"x"}', {"x-session-id": "a status=500 prefill=http://evil"})
             )

@@ -36,6 +36,9 @@ class Owner(Protocol):
     def left(self, connection: "ClientConnection") -> None:
         """A connection is closed."""
 
+    def refused(self, status: int) -> None:
+        """A request was refused before it was complete."""
+
 
 class ClientRequest:
     """A request and the way back to its client (`pdrouter.handoff.client.Client`)."""
@@ -137,6 +140,8 @@ class ClientConnection(asyncio.Protocol):
         self._waiting: deque[ClientRequest] = deque()
         self._head_size = 0
         self._unparsed = 0
+        self._completed = False
+        self._upgrading = False
         self._refusal: tuple[int, str] | None = None
         self._discarding = False
         self._paused = False
@@ -236,7 +241,10 @@ class ClientConnection(asyncio.Protocol):
             return
         request.method = self._parser.get_method()
         request.old = self._parser.get_http_version() == "1.0"
-        request.keep_alive = self._parser.should_keep_alive() and not self._parser.should_upgrade()
+        request.keep_alive = self._parser.should_keep_alive()
+        if self._parser.should_upgrade() and request.method != b"CONNECT":
+            self._upgrading = True
+            return
         for name, value in request.headers:
             if name == b"content-length" and int(value) > self.owner.limits.body:
                 self._too_large()
@@ -270,6 +278,9 @@ class ClientConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """The request is complete: serve it, or let it wait for the one before it."""
+        if self._upgrading:
+            return
+        self._completed = True
         request, self._receiving = self._receiving, None
         if request is None or self._refusal is not None:
             return
@@ -296,22 +307,44 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse (asyncio)."""
-        if self._discarding or self._refusal is not None:
-            return
+        while data and not self._discarding and self._refusal is None:
+            data = self._parse(data)
+
+    def _parse(self, data: bytes) -> bytes:
+        """Parse; give what has to be parsed anew."""
+        self._completed = False
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # the request was taken as if it had not asked; `keep_alive` is false because its rest is not parsed
+        except httptools.HttpParserUpgrade as error:
+            return self._decline_upgrade(data[error.args[0] :])
         except httptools.HttpParserError as error:
             if self._refusal is None:
                 self._refusal = (400, f"This is not valid HTTP/1.1: {error}")
         if self._receiving is not None and not self._receiving.method:
             # The parser holds an unfinished header back, so `on_header` alone would let one grow without end.
-            self._unparsed += len(data)
+            self._unparsed = 0 if self._completed else self._unparsed + len(data)
             if self._unparsed > self.owner.limits.head:
                 self._head_too_large()
         if self._refusal is not None and self._current is None and not self._waiting:
             self._refuse(*self._refusal)
+        return b""
+
+    def _decline_upgrade(self, rest: bytes) -> bytes:
+        """Serve a request that offers another protocol as if it had not (RFC 9110 section 7.8 allows that).
+
+        Clients of Java offer HTTP/2 with every request. The parser has stopped before the body, so a new one reads the
+        request again without the offer. Gives the bytes for it.
+        """
+        request, self._receiving = self._receiving, None
+        self._parser = httptools.HttpRequestParser(self)
+        if request is None or not self._upgrading:  # CONNECT, which has been refused
+            self.close()
+            return b""
+        self._upgrading = False
+        kept = [(name, value) for name, value in request.headers if name not in (b"upgrade", b"connection")]
+        lines = b"".join(b"%b: %b\r\n" % header for header in kept)
+        version = b"1.0" if request.old else b"1.1"
+        return b"%b %b HTTP/%b\r\n%b\r\n%b" % (request.method, request.target, version, lines, rest)
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer a request that cannot be taken, and close.
@@ -321,6 +354,7 @@ class ClientConnection(asyncio.Protocol):
         """
         self._discarding = True
         self._receiving = None
+        self.owner.refused(status)
         body = error_body(status, message)
         framing = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.send(_status_line(status) + _JSON + framing, body)

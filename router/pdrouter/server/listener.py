@@ -15,7 +15,20 @@ class ListenError(Exception):
 class Listener:
     """Accepts connections on one address."""
 
-    def __init__(self, handler: Callable[[ClientRequest], None], limits: Limits) -> None:
+    def __init__(
+        self,
+        handler: Callable[[ClientRequest], None],
+        limits: Limits,
+        refused: Callable[[int], None] = lambda status: None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            handler: gets each complete request.
+            limits: what a request may not exceed.
+            refused: gets the status of each request that was refused before it was complete.
+        """
+        self.refused = refused
         self.limits = limits
         self.draining = False
         self._handler = handler

@@ -98,6 +98,13 @@ class Routes:
         request.respond(status, error_body(status, message), JSON_HEADERS + headers)
         self._desk.observer.finished(record)
 
+    def refused(self, status: int) -> None:
+        """Record a request that was refused before it was complete: too large, or no HTTP."""
+        record = Record("-", "other", "refused")
+        record.status = status
+        record.error("router", f"status_{status}")
+        self._desk.observer.finished(record)
+
     # generation
 
     def _generate(self, request: ClientRequest, path: str) -> None:
