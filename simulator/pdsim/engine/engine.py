@@ -65,6 +65,8 @@ class Clock:
         cuts = quantiles(self.lags, n=100) if len(self.lags) > 1 else [0.0] * 99
         stretch = self.decode_real / self.decode_modelled if self.decode_modelled else 1.0
         return {
+            "decode_seconds": self.decode_real,
+            "decode_modelled_seconds": self.decode_modelled,
             "steps": self.steps,
             "late_steps": self.late_steps,
             "lag_seconds_p50": cuts[49],
@@ -103,7 +105,7 @@ class Engine:
         self._background: set[asyncio.Task[Any]] = set()
         self._in_flight_transfers = 0
         self._stepping = False
-        self._step_end = 0.0
+        self._step_begun = self._step_end = 0.0
         self._frontend_free = 0.0
         self._texts_waiting: list[Sequence] = []
         self._texts: list[str] = []
@@ -218,7 +220,8 @@ class Engine:
 
     def _wake(self) -> None:
         if not self._stepping and not self.dead and not self.hanging:
-            self._step(self._loop.time())
+            self._step_begun = self._loop.time()
+            self._step(self._step_begun)
 
     def resume(self) -> None:
         """Go on after `hanging`."""
@@ -267,7 +270,8 @@ class Engine:
             self._step_end = now
         if pure_decode:
             clock.decode_modelled += modelled
-            clock.decode_real += self._step_end - begin
+            clock.decode_real += now - self._step_begun
+        self._step_begun = now
         self.metrics.iteration_tokens.observe(sum(item.count for item in work))
         for item in work:
             self._apply(item, now)

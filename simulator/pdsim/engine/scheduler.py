@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pdsim.engine.kv import TOKEN_BYTES, Block, BlockPool, Context, OutOfBlocksError
+from pdsim.engine.kv import TOKEN_BYTES, Block, BlockPool, OutOfBlocksError
 from pdsim.engine.sequence import Sequence, Status
 
 
