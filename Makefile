@@ -41,8 +41,11 @@ fmt: setup ## Format the code and apply safe fixes
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check --fix --quiet .
 
-bench: setup ## Measured 1P+1D run beside the H200 figures (simulated)
+bench: setup ## One simulated pair beside the measured figures of two H200 (5 minutes)
 	@$(BIN)/python bench/h200_pair.py
+
+docs: setup ## Write docs/reference.md from the programs' own help
+	@$(BIN)/python scripts/reference.py
 
 clean: ## Remove the virtual environment and caches
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
