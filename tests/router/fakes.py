@@ -73,10 +73,8 @@ class Out:
     async def json(self, body: Any, status: int = 200, **headers: str) -> None:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         told = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-        self.writer.write(
-            f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n{told}\r\n".encode()
-            + raw
-        )
+        told += f"content-type: application/json\r\ncontent-length: {len(raw)}\r\n"
+        self.writer.write(f"HTTP/1.1 {status} X\r\n{told}\r\n".encode() + raw)
         await self.writer.drain()
 
     async def events(self) -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import sys
-from datetime import UTC, datetime
+import time
 
 import orjson
 
@@ -13,7 +13,6 @@ from pdrouter.observe.record import Record
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@%+,\-\[\]]+")
 _FLUSH_AFTER = 0.02
-_LARGE = 65536
 
 
 def quoted(value: str) -> str:
@@ -56,15 +55,19 @@ class RequestLog:
         self._enabled = enabled
         self._lines: list[str] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._second = 0
+        self._stamp = ""
 
     def write(self, record: Record, ended: float) -> None:
         """Write the line of a finished request, soon."""
         if not self._enabled:
             return
-        now = datetime.now(UTC)
-        self._lines.append(
-            f"{now:%Y-%m-%dT%H:%M:%S}.{now.microsecond // 1000:03d}Z INFO {request_line(record, ended)}\n"
-        )
+        now = time.time()
+        second = int(now)
+        if second != self._second:
+            self._second = second
+            self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        self._lines.append(f"{self._stamp}.{int((now - second) * 1000):03d}Z INFO {request_line(record, ended)}\n")
         if self._timer is None:
             self._timer = self._loop.call_later(_FLUSH_AFTER, self.flush)
 
@@ -84,7 +87,7 @@ class RequestLog:
 
 def set_up(level: str) -> None:
     """Send the router's own messages to standard error, from a level on."""
-    logging.Formatter.converter = lambda *_: datetime.now(UTC).timetuple()
+    logging.Formatter.converter = time.gmtime
     logging.basicConfig(
         level=level.upper(),
         format="%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s",

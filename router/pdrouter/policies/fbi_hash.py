@@ -6,6 +6,7 @@ equal to the Rust ones for every text (UTF-8).
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from struct import unpack_from
 
 _MASK = 2**64 - 1
@@ -16,6 +17,7 @@ _STRIDE = 23
 _MODULUS = 2**23 - 1
 _DEPTH = 23  # ceil(log2(_MODULUS))
 _TRIES = 32
+_FIRST_BITS = 2 ** (_DEPTH + 1) - 1
 
 
 def murmur64a(data: bytes, seed: int = _SEED) -> int:
@@ -53,6 +55,21 @@ def _bit_source(data: bytes) -> Callable[[int], int]:
 
 
 def _furc(data: bytes) -> int:
+    """Give furc_hash of the bytes; the first of its up to 32 tries is nearly always the last, so it is done fast."""
+    word = murmur64a(data)
+    depth = (word & _FIRST_BITS).bit_length() - 1
+    if depth < 2:
+        return 0 if depth < 0 else 1
+    bits = f"{word:064b}"
+    for _ in range((_STRIDE * depth + depth) >> 6):
+        word = _rehash(word)
+        bits = f"{word:064b}{bits}"
+    first = len(bits) - 1 - depth - _STRIDE
+    number = int("1" + bits[first::-_STRIDE][: depth - 1], 2)
+    return number if number < _MODULUS else _furc_by_tries(data)
+
+
+def _furc_by_tries(data: bytes) -> int:
     bit = _bit_source(data)
     depth = place = _DEPTH
     for _ in range(_TRIES):
@@ -71,6 +88,7 @@ def _furc(data: bytes) -> int:
     return 0
 
 
+@lru_cache(8192)
 def fbi_hash(text: str) -> int:
     """Give the 64-bit place of a text on the ring."""
     return murmur64a(_furc(text.encode()).to_bytes(4, "little"))

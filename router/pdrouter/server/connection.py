@@ -4,6 +4,7 @@ Requests that a client sends ahead (pipelining) are answered in order, one at a 
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
@@ -15,6 +16,7 @@ from pdrouter.handoff.client import Listener
 from pdrouter.openai.errors import error_body
 from pdrouter.server.limits import Limits
 
+_log = logging.getLogger(__name__)
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode()) for status in HTTPStatus}
 _LINGER = 2.0
 _JSON = b"content-type: application/json\r\n"
@@ -296,7 +298,13 @@ class ClientConnection(asyncio.Protocol):
 
     def _take(self, request: ClientRequest) -> None:
         self._current = request
-        self._handler(request)
+        try:
+            self._handler(request)
+        except Exception:
+            _log.exception("a request failed in the router itself; please report this")
+            if self._current is request:
+                request.keep_alive = False
+                request.respond(500, error_body(500, "The router failed on this request; its log tells why."), _JSON)
 
     # asyncio callbacks
 
