@@ -1,4 +1,4 @@
-"""Write docs/reference.md out of the programs' own `--help`; `--check` says whether it is up to date (a test does that)."""
+"""Write docs/reference.md out of the programs' own `--help`; `--check` says whether it is up to date."""
 
 import os
 import pathlib
@@ -15,9 +15,8 @@ PROGRAMS = {"pdctl": "pdctl", "pdrouter": "pd-router", "pdsim.engine": "pd-engin
 
 def shown(module: str, *arguments: str) -> str:
     """Give a program's help as a terminal of 100 columns without colours shows it."""
-    environment = os.environ | {
-        "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb", "_TYPER_FORCE_DISABLE_TERMINAL": "1",
-    }  # fmt: skip
+    plain = {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    environment = os.environ | plain | {"_TYPER_FORCE_DISABLE_TERMINAL": "1"}
     environment.pop("FORCE_COLOR", None)
     environment.pop("GITHUB_ACTIONS", None)
     call = [sys.executable, "-m", module, *arguments, "--help"]

@@ -12,8 +12,7 @@ from pdctl.console import err, out
 from pdctl.deployment import Deployment, Member
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.targets.local import MOST_OF_A_ROLE, LocalTarget, Wish, plan
-
-POLICIES = ("consistent_hash", "random", "round_robin")
+from pdrouter.policies import POLICIES
 
 
 def deploy(
