@@ -99,7 +99,7 @@ Behaviour = Callable[[Seen, Out], Awaitable[None]]
 def answer_to(seen: Seen, **fields: Any) -> dict[str, Any]:
     """An answer in vLLM's shape; its text tells the prompt."""
     chat = "/chat/" in seen.target
-    n = seen.body.get("n") or 1
+    n = int(seen.body.get("n") or 1)
     text = f"<{seen.body.get('prompt')}>"
     choices = [
         {"index": i, "finish_reason": "length"}
@@ -129,7 +129,7 @@ def event(seen: Seen, index: int, text: str, **fields: Any) -> bytes:
 
 async def decode(seen: Seen, out: Out) -> None:
     """Do what a decode engine does."""
-    if not (seen.raw and seen.body.get("stream")):
+    if not (seen.raw and seen.body.get("stream") is True):
         await out.json(answer_to(seen) if seen.raw else {"path": seen.target})
         return
     await out.events()

@@ -242,6 +242,8 @@ def test_an_engines_plain_text_error_becomes_json():
         ({"max_tokens": 0}, "max_tokens_0"),
         ({"use_beam_search": True}, "beam_search"),
         ({"prompt": ["a", [1]]}, "mixed_prompts"),
+        ({"prompt": ["a", "b"], "stream": "no"}, "odd_stream"),
+        ({"prompt": ["a", "b"], "n": 2.0}, "odd_n"),
     ],
 )
 def test_what_may_not_be_handed_over_goes_to_one_engine_unchanged(fields, reason, capfd):

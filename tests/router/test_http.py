@@ -425,6 +425,16 @@ def test_list_workers_and_ready_tell_the_fleet():
     run(main)
 
 
+def test_a_failure_inside_the_router_is_a_500_and_does_not_hang():
+    async def main():
+        async with routed() as bed:
+            bed.router.fleet.ready = None  # type: ignore[assignment,method-assign]
+            answer = await bed.get("/ready")
+            assert (answer.status, answer.error["type"]) == (500, "InternalServerError")
+
+    run(main)
+
+
 def test_draining_finishes_what_is_under_way_and_accepts_nothing_new():
     async def main():
         async with routed(drain_timeout_secs=10) as bed:

@@ -43,9 +43,12 @@ def read(path: str, raw: bytes) -> Asked:
     stream = body.get("stream")
     prompts = _batch(body) if path == COMPLETIONS else None
     alone = why_alone(body)
-    if alone is None and prompts is not None and stream not in (None, True, False):
-        # vLLM takes more spellings of true than two; which one this is decides how answers are merged.
-        alone = "odd_stream"
+    if alone is None and prompts is not None:
+        # vLLM takes more spellings (`"stream": "yes"`, `"n": "2"`) than the merging of answers could trust.
+        if not isinstance(stream, bool | None):
+            alone = "odd_stream"
+        elif not isinstance(body.get("n"), int | None):
+            alone = "odd_n"
     return Asked(body, alone, prompts, stream is True)
 
 
