@@ -338,6 +338,36 @@ def test_a_slow_client_makes_the_engine_wait_and_memory_stays_bounded():
     run(main)
 
 
+def test_a_client_still_slow_from_its_last_answer_holds_up_the_next_one():
+    async def main():
+        async with routed() as bed:
+            sent = 0
+
+            async def decode(seen: Seen, out: Out) -> None:
+                nonlocal sent
+                if not seen.body.get("stream"):
+                    await out.json(answer_to(seen, filler="x" * 7_000_000))
+                    return
+                await out.events()
+                while sent < 64 * 1024 * 1024:
+                    await out.chunk(b"x" * 65_000)
+                    sent += 65_000
+
+            bed.decode.behave = decode
+            _, writer = await asyncio.open_connection("127.0.0.1", bed.router.public.port, limit=1024)
+            writer.write(wire("POST", "/v1/completions", b'{"prompt":"x"}'))
+            writer.write(wire("POST", "/v1/completions", b'{"prompt":"x","stream":true}'))
+            before = -1
+            while before != sent or not sent:
+                before = sent
+                await asyncio.sleep(0.3)
+            assert sent < 24 * 1024 * 1024
+            writer.close()
+            await writer.wait_closed()
+
+    run(main)
+
+
 def test_log_lines_cannot_be_forged(capfd):
     async def main():
         async with routed() as bed:

@@ -147,6 +147,7 @@ class ClientConnection(asyncio.Protocol):
         self._refusal: tuple[int, str] | None = None
         self._discarding = False
         self._paused = False
+        self._slow = False
 
     # towards requests
 
@@ -305,6 +306,9 @@ class ClientConnection(asyncio.Protocol):
             if self._current is request:
                 request.keep_alive = False
                 request.respond(500, error_body(500, "The router failed on this request; its log tells why."), _JSON)
+        if self._slow and self._current is request and request.listener is not None:
+            # The answer before this one still fills the buffer, and asyncio tells that only once.
+            request.listener.client_slow()
 
     # asyncio callbacks
 
@@ -376,11 +380,13 @@ class ClientConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The client does not keep up (asyncio)."""
+        self._slow = True
         if self._current is not None and self._current.listener is not None:
             self._current.listener.client_slow()
 
     def resume_writing(self) -> None:
         """The client keeps up again (asyncio)."""
+        self._slow = False
         if self._current is not None and self._current.listener is not None:
             self._current.listener.client_ready()
 
