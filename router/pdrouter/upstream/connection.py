@@ -1,15 +1,18 @@
 """One HTTP/1.1 connection to an engine."""
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
 
 from pdrouter.fleet.engine import Engine
-from pdrouter.upstream.errors import ClosedError, MalformedError, UpstreamError
+from pdrouter.upstream.errors import ClosedError, MalformedError, RouterFailureError, UpstreamError
 
 if TYPE_CHECKING:
     from pdrouter.upstream.pool import Call
+
+_log = logging.getLogger(__name__)
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -110,12 +113,24 @@ class EngineConnection(asyncio.Protocol):
     # asyncio callbacks
 
     def data_received(self, data: bytes) -> None:
-        """Parse and pass on (asyncio)."""
-        if self._call is None:
+        """Parse and pass on (asyncio); what goes wrong in the router itself fails the request instead of hanging it."""
+        call = self._call
+        if call is None:
             self.abort()  # bytes that nobody asked for
             return
         try:
+            self._receive(data)
+        except Exception:
+            _log.exception("a request failed in the router itself; please report this")
+            self.abort()
+            call.over()
+            call.receiver.failed(RouterFailureError("the router failed on the engine's answer; its log tells why"))
+
+    def _receive(self, data: bytes) -> None:
+        try:
             self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError:
+            raise  # ours, not the engine's
         except httptools.HttpParserError as error:
             self._fail(MalformedError(f"the answer of {self.engine.url} is not HTTP/1.1: {error}"))
             return

@@ -29,3 +29,9 @@ class TooLateError(UpstreamError):
     """There was a connection only after the request had lost its sense; nothing was sent."""
 
     reason = "too_late"
+
+
+class RouterFailureError(UpstreamError):
+    """The router itself failed on an answer: a bug."""
+
+    reason = "router_failure"
