@@ -126,8 +126,9 @@ def test_the_client_measures_the_gaps_that_a_server_makes() -> None:
     assert all(body["ignore_eos"] and body["stream_options"] == {"include_usage": True} for body in seen)
     for record in outcome.records:
         assert (record.ok, record.prompt_tokens, record.output_tokens) == (True, 7, 3)
-        assert record.ttft == pytest.approx(0.2, abs=0.08)
-        assert record.itls == pytest.approx([0.1, 0.1], abs=0.08)
+        assert 0.19 < record.ttft < 1
+        assert len(record.itls) == 2
+        assert all(0.09 < gap < 1 for gap in record.itls)
         assert record.latency == pytest.approx(record.ttft + sum(record.itls))
 
 

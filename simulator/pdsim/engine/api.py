@@ -168,7 +168,10 @@ class Api:
         return await self._generate(request, ChatRequest)
 
     async def _generate(self, http: Request, kind: type[CompletionRequest] | type[ChatRequest]) -> Any:
+        arrival = asyncio.get_running_loop().time()
         content = await http.body()
+        # All requests that came together take their time of arrival before the first of them is worked on.
+        await asyncio.sleep(0)
         if self._status_faults:
             code = self._status_faults.pop()
             raise RequestError("a fault that was asked for", status=code, kind="InternalServerError")
@@ -179,7 +182,7 @@ class Api:
         prefix = "cmpl" if kind is CompletionRequest else "chatcmpl"
         self._watch_protocol(body, raw, f"{prefix}-{public_id}")
         try:
-            sequences, answer = self._prepare(http, body, f"{prefix}-{public_id}")
+            sequences, answer = self._prepare(http, body, f"{prefix}-{public_id}", arrival)
             self.engine.submit(sequences, is_text(body))
         except EngineDeadError as error:
             raise _failure(error) from error
@@ -216,7 +219,7 @@ class Api:
             violations.add(Rule.CLIENT_TICKET, request_id, kv_transfer_params=params)
 
     def _prepare(
-        self, http: Request, body: CompletionRequest | ChatRequest, request_id: str
+        self, http: Request, body: CompletionRequest | ChatRequest, request_id: str, arrival: float
     ) -> tuple[list[Sequence], Answer]:
         check_fields(body)
         check_model(body.model, self.limits)
@@ -224,7 +227,6 @@ class Api:
         if rank.lstrip("-").isdigit() and int(rank) != 0:
             raise RequestError(f"data_parallel_rank {rank} is out of range [0, 1).")
         prompts = prompts_of(body, self.tokenizer, self.limits)
-        now = asyncio.get_running_loop().time()
         sequences = []
         for number, prompt in enumerate(prompts):
             sampling = sampling_of(body, len(prompt), self.limits, self.engine.random_seed())
@@ -233,7 +235,7 @@ class Api:
                 params = None if body.kv_transfer_params is None else dict(body.kv_transfer_params)
                 name = internal if body.n == 1 else f"{choice}_{internal}"
                 own = sampling if choice == 0 else _reseeded(sampling, choice)
-                sequences.append(Sequence(name, prompt, own, params, body.cache_salt, now, body.n))
+                sequences.append(Sequence(name, prompt, own, params, body.cache_salt, arrival, body.n))
         head = Head(request_id, int(time.time()), self.limits.model, self.fingerprint, self.tokenizer)
         return sequences, self._answer(body, head, prompts)
 

@@ -146,37 +146,39 @@ class Engine:
     # --- requests -----------------------------------------------------------------------------------------------
 
     def submit(self, sequences: list[Sequence], from_text: bool) -> None:
-        """Take the sequences of one request; they reach the scheduler after the modelled frontend time.
+        """Take the sequences of one request; they reach the scheduler a modelled time after their arrival.
 
         Raises:
             EngineDeadError: the engine core has died.
         """
         if self.dead:
             raise EngineDeadError
-        profile, speed, now = self.settings.profile, self.settings.speed, self._loop.time()
+        profile, speed, arrival = self.settings.profile, self.settings.speed, sequences[0].arrival
         if from_text:
             if not self._texts_waiting:
-                self._loop.call_later((profile.frontend_seconds(0) + profile.tokenize_window) / speed, self._tokenize)
+                due = arrival + (profile.frontend_seconds(0) + profile.tokenize_window) / speed
+                self._loop.call_at(due, self._tokenize, due)
             self._texts_waiting += sequences
             return
         tokens = sum(len(sequence.prompt) for sequence in sequences)
         # one frontend process reads one request after the other
         after_last = self._frontend_free + (profile.frontend_seconds(tokens) - profile.frontend_seconds(0)) / speed
-        self._frontend_free = max(now + profile.frontend_seconds(tokens) / speed, after_last)
-        self._loop.call_at(self._frontend_free, self._enqueue, sequences)
+        self._frontend_free = max(arrival + profile.frontend_seconds(tokens) / speed, after_last)
+        self._loop.call_at(self._frontend_free, self._enqueue, sequences, self._frontend_free)
 
-    def _tokenize(self) -> None:
+    def _tokenize(self, begin: float) -> None:
         batch, self._texts_waiting = self._texts_waiting, []
         seconds = self.settings.profile.tokenize_seconds(max(len(sequence.prompt) for sequence in batch))
-        self._loop.call_later(seconds / self.settings.speed, self._enqueue, batch)
+        due = begin + seconds / self.settings.speed
+        self._loop.call_at(due, self._enqueue, batch, due)
 
-    def _enqueue(self, sequences: list[Sequence]) -> None:
+    def _enqueue(self, sequences: list[Sequence], due: float) -> None:
         for sequence in sequences:
             if self.dead:
                 sequence.outbox.fail(EngineDeadError())
             elif sequence.status is not Status.FINISHED:
                 self.scheduler.add(sequence)
-        self._wake()
+        self._wake(due)
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence whose client went away; what it pinned elsewhere is let go."""
@@ -218,10 +220,13 @@ class Engine:
 
     # --- steps --------------------------------------------------------------------------------------------------
 
-    def _wake(self) -> None:
+    def _wake(self, due: float | None = None) -> None:
+        """Begin to step if idle; at the modelled time `due` of the work, also when this machine is behind it."""
         if not self._stepping and not self.dead and not self.hanging:
-            self._step_begun = self._loop.time()
-            self._step(self._step_begun)
+            now = self._loop.time()
+            self._step_begun = now
+            late = due is not None and now - GIVE_UP_LAG_SECONDS < due < now
+            self._step(max(due, self._step_end) if late and due is not None else now)
 
     def resume(self) -> None:
         """Go on after `hanging`."""

@@ -273,9 +273,9 @@ def prompts_of(request: CompletionRequest | ChatRequest, tokenizer: Tokenizer, l
         texts = list(prompt) if many else [prompt]  # type: ignore[arg-type,list-item]
     prompts = [tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
     for prompt_ids in prompts:
-        for token in prompt_ids:
-            if token >= limits.vocabulary:
-                raise RequestError(f"Token id {token} is out of vocabulary")
+        if max(prompt_ids, default=0) >= limits.vocabulary:
+            unknown = next(token for token in prompt_ids if token >= limits.vocabulary)
+            raise RequestError(f"Token id {unknown} is out of vocabulary")
         if len(prompt_ids) > limits.max_model_len:
             # text is tokenized only one token further than fits
             count, told = len(prompt_ids), str(len(prompt_ids))

@@ -1,18 +1,23 @@
 """One sequence: a prompt, how to sample from it, what it has generated, and where its KV blocks are."""
 
 import asyncio
+import sys
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
-from pdsim.engine.kv import TOKEN_BYTES, Block, Context
+from pdsim.engine.kv import Block, Context
 from pdsim.engine.language import Scored
 
 
 def token_bytes(ids: list[int]) -> bytes:
     """Pack token ids, 4 bytes each, little endian."""
-    return b"".join(token.to_bytes(TOKEN_BYTES, "little") for token in ids)
+    packed = array("I", ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
 
 
 @dataclass(frozen=True, slots=True)
