@@ -49,7 +49,7 @@ FIXED = {
     # not in the figures that are fitted, which come from prompts of token ids: vLLM's own setting, and what is left of
     # the first-token time at concurrency 1 through vllm-router (text prompts), shared by both legs
     "tokenize_window": 2.0 * MS,
-    "tokenize_per_token": 2.5 * US,
+    "tokenize_per_token": 5.5 * US,
 }
 
 

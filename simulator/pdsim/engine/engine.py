@@ -107,6 +107,7 @@ class Engine:
         self._stepping = False
         self._step_begun = self._step_end = 0.0
         self._frontend_free = 0.0
+        self._next_look = 0.0
         self._texts_waiting: list[Sequence] = []
         self._texts: list[str] = []
         self._loop: asyncio.AbstractEventLoop
@@ -482,8 +483,7 @@ class Engine:
             remote = self._remote(params)
             answer = await remote.read(params["remote_engine_id"], str(params["remote_request_id"]), ids)
             self._judge(sequence, params, answer.lease)
-            due = begin + (seconds + self.settings.profile.transfer_notice) / self.settings.speed
-            await asyncio.sleep(due - self._loop.time())
+            await asyncio.sleep(begin + seconds / self.settings.speed - self._loop.time())
             fill(blocks, answer.contents)
             loaded = True
             moved = len(blocks) * self.settings.block_size * self.settings.profile.kv_bytes_per_token
@@ -504,7 +504,16 @@ class Engine:
         finally:
             self._in_flight_transfers -= 1
             self._fetches.pop(sequence, None)
+        if loaded:
+            await self._noticed()
         self._fetched(sequence, blocks, loaded)
+
+    async def _noticed(self) -> None:
+        """Wait until the scheduler looks for ended transfers; all that ended since its last look are seen together."""
+        now = self._loop.time()
+        if self._next_look <= now:
+            self._next_look = now + self.settings.profile.transfer_notice / self.settings.speed
+        await asyncio.sleep(self._next_look - now)
 
     def _fetched(self, sequence: Sequence, blocks: list[Block], loaded: bool) -> None:
         if self.dead:
@@ -518,7 +527,7 @@ class Engine:
             sequence.outbox.fail(RequestFailedError())
         else:
             self.scheduler.fetched(sequence, loaded)
-        self._wake()
+        self._loop.call_soon(self._wake)  # after the others that were seen in the same look
 
     def _judge(self, sequence: Sequence, params: dict[str, Any], lease: dict[str, Any] | None) -> None:
         """Compare a ticket with what the prefill engine knows of it; real engines check none of this."""

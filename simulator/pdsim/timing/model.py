@@ -50,7 +50,7 @@ class Profile:
         transfer_base: a KV transfer of no tokens (descriptors, posting, completion).
         transfer_per_token: moving one token's KV while the link is free.
         transfer_share: how much each other transfer under way stretches the moving.
-        transfer_notice: from the end of a transfer to the scheduler knowing it.
+        transfer_notice: from the end of the first transfer to the scheduler's next look; it then sees all that ended.
         kv_bytes_per_token: KV cache of one token.
         kv_cache_tokens: tokens the KV cache has room for.
         max_num_batched_tokens: tokens of one step (vLLM's default on this GPU).
