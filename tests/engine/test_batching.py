@@ -116,6 +116,19 @@ def test_faults_do_what_they_are_called() -> None:
         until(lambda: started.process.poll() == 70, 5, "the process ends")
 
 
+def test_a_sequence_that_hung_in_the_middle_goes_on_at_its_old_pace() -> None:
+    body = completion("one two", max_tokens=400, ignore_eos=True)
+    with engine("both") as started:
+        expected = text_of(started.post(COMPLETIONS, body))
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(started.post, COMPLETIONS, body)
+            until(lambda: started.get("/sim/state")["running"] == 1, 5, "it runs")
+            started.post("/sim/fault", {"kind": "hang", "seconds": 0.5})
+            assert text_of(running.result()) == expected
+        steps = started.get("/sim/state")["clock"]["steps"]
+        assert 800 <= steps <= 802, "one step a token, before and after"
+
+
 def test_a_taken_port_is_one_clear_line() -> None:
     with engine("both") as started:
         second = engine("both")

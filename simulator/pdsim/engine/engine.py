@@ -263,7 +263,6 @@ class Engine:
         if self.dead:
             return
         if self.hanging:
-            self._stepping = False
             self._loop.call_later(0.05, self._end_step_later, work, begin, modelled)
             return
         now = self._loop.time()
@@ -287,7 +286,6 @@ class Engine:
         if self.hanging and not self.dead:
             self._loop.call_later(0.05, self._end_step_later, work, begin, modelled)
             return
-        self._stepping = True
         self._step_end = self._loop.time()
         self._end_step(work, begin, modelled, False)
 
@@ -399,7 +397,7 @@ class Engine:
             sequence.outbox.put(delta)
 
     def _finish(self, sequence: Sequence, finish: str, now: float) -> None:
-        keep = sequence.for_remote_decode and self.settings.role != "plain"
+        keep = sequence.for_remote_decode
         if keep:
             sequence.ticket = self._ticket(sequence)
             self.leases.grant(sequence, dict(sequence.ticket), self.settings.model, now)
