@@ -82,9 +82,8 @@ class Engine:
         self.settings = settings
         self.tokenizer = tokenizer
         self.violations = violations
+        # Random(None) draws from the system: an id of its own for each life
         self.engine_id = str(uuid.UUID(int=random.Random(settings.seed).getrandbits(128), version=4))
-        if settings.seed is None:
-            self.engine_id = str(uuid.uuid4())
         self.pool = BlockPool(settings.num_blocks, settings.block_size)
         self.leases = Leases(self.pool, settings.lease_duration / settings.speed)
         self.scheduler = Scheduler(
@@ -227,7 +226,7 @@ class Engine:
             now = self._loop.time()
             self._step_begun = now
             late = due is not None and now - GIVE_UP_LAG_SECONDS < due < now
-            self._step(max(due, self._step_end) if late and due is not None else now)
+            self._step(max(due or now, self._step_end) if late else now)
 
     def resume(self) -> None:
         """Go on after `hanging`."""
@@ -257,13 +256,13 @@ class Engine:
                 chunks.append(Chunk(item.count, item.start))
         modelled = self.settings.profile.step_seconds(chunks, decodes, context) * self.slowdown / self.settings.speed
         self._step_end = begin + modelled
-        self._loop.call_at(self._step_end, self._end_step, work, begin, modelled, not chunks)
+        self._loop.call_at(self._step_end, self._end_step, work, modelled, not chunks)
 
-    def _end_step(self, work: list[Work], begin: float, modelled: float, pure_decode: bool) -> None:
+    def _end_step(self, work: list[Work], modelled: float, pure_decode: bool) -> None:
         if self.dead:
             return
         if self.hanging:
-            self._loop.call_later(0.05, self._end_step_later, work, begin, modelled)
+            self._loop.call_later(0.05, self._end_step_later, work, modelled)
             return
         now = self._loop.time()
         lag = now - self._step_end
@@ -282,12 +281,12 @@ class Engine:
             self._apply(item, now)
         self._step(self._step_end)
 
-    def _end_step_later(self, work: list[Work], begin: float, modelled: float) -> None:
+    def _end_step_later(self, work: list[Work], modelled: float) -> None:
         if self.hanging and not self.dead:
-            self._loop.call_later(0.05, self._end_step_later, work, begin, modelled)
+            self._loop.call_later(0.05, self._end_step_later, work, modelled)
             return
         self._step_end = self._loop.time()
-        self._end_step(work, begin, modelled, False)
+        self._end_step(work, modelled, False)
 
     def _apply(self, item: Work, now: float) -> None:
         """Write the KV of the step's tokens; where the sequence is complete, sample its next token."""
