@@ -4,6 +4,7 @@ import asyncio
 import json
 import pathlib
 import re
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -98,6 +99,18 @@ def chunk(payload: str) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
+async def measured(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], count: int
+) -> Outcome:
+    """Send `count` requests, one after the other, to a server that answers as `serve` does."""
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    outcome = Outcome()
+    await run(Workload(f"http://127.0.0.1:{port}", "m", ["x"] * count, 3, 1), outcome, lambda record: None)
+    server.close()
+    return outcome
+
+
 def test_the_client_measures_the_gaps_that_a_server_makes() -> None:
     """A server that sends tokens at known times; several requests on one connection."""
     seen: list[dict[str, object]] = []
@@ -113,15 +126,7 @@ def test_the_client_measures_the_gaps_that_a_server_makes() -> None:
             writer.write(chunk('{"choices":[],"usage":{"prompt_tokens":7,"total_tokens":10,"completion_tokens":3}}'))
             writer.write(chunk("[DONE]") + b"0\r\n\r\n")
 
-    async def measure() -> Outcome:
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        outcome = Outcome()
-        await run(Workload(f"http://127.0.0.1:{port}", "m", ["x"] * 3, 3, 1), outcome, lambda record: None)
-        server.close()
-        return outcome
-
-    outcome = asyncio.run(measure())
+    outcome = asyncio.run(measured(serve, 3))
     assert [body["max_tokens"] for body in seen] == [3, 3, 3]
     assert all(body["ignore_eos"] and body["stream_options"] == {"include_usage": True} for body in seen)
     for record in outcome.records:
@@ -138,12 +143,6 @@ def test_a_server_that_breaks_off_is_a_failed_request_with_the_reason(tmp_path: 
         writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + chunk('{"choices":[{"text":"a"}]}'))
         writer.close()
 
-    async def measure() -> Outcome:
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        outcome = Outcome()
-        await run(Workload(f"http://127.0.0.1:{port}", "m", ["x"] * 2, 3, 1), outcome, lambda record: None)
-        server.close()
-        return outcome
-
-    assert [record.error for record in asyncio.run(measure()).records] == ["the server broke off its answer"] * 2
+    assert [record.error for record in asyncio.run(measured(serve, 2)).records] == [
+        "the server broke off its answer"
+    ] * 2
