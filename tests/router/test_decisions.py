@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import pathlib
 from collections import Counter
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdrouter.openai.features import Prompt
 from pdrouter.openai.routing_key import body_key, forwarded_text_key, routing_key
 from pdrouter.policies import POLICIES, ConsistentHash, RoutingKey
 from pdrouter.policies import fbi_hash as fbi_hash_module
@@ -26,8 +28,15 @@ DIFFERENT = {"chat_user", "user_in_prompt", "quote_in_user", "empty_user", "null
 
 @dataclass(frozen=True)
 class Candidate:
-    url: str
+    name: str
     in_flight: int = 0
+    queued_tokens: int = 0
+    held_tokens: int = 0
+    waiting: float = 0.0
+    running: float = 0.0
+    kv_usage: float = 0.0
+    kv_tokens: int = 0
+    metrics_age: float = math.inf
 
 
 class Fleet:
@@ -40,7 +49,7 @@ class Fleet:
 
     def choose(self, key: RoutingKey) -> tuple[int, int]:
         prefill, decode = (
-            urls.index(policy.choose(key, candidates).url)
+            urls.index(policy.choose(Prompt(key, {}), candidates).name)
             for urls, policy, candidates in zip(self.urls, self._policies, self._candidates, strict=True)
         )
         return prefill, decode
@@ -158,12 +167,12 @@ urls = st.lists(st.integers(1, 10_000), min_size=1, max_size=6, unique=True).map
 def test_a_lost_engine_moves_only_its_own_keys(candidates, key, data):
     policy = ConsistentHash()
     routing = RoutingKey(key, "")
-    chosen = policy.choose(routing, candidates)
+    chosen = policy.choose(Prompt(routing, {}), candidates)
     others = [one for one in candidates if one is not chosen]
     if others:
         lost = data.draw(st.sampled_from(others))
-        assert policy.choose(routing, [one for one in candidates if one is not lost]) == chosen
-        assert policy.choose(routing, others) in others
+        assert policy.choose(Prompt(routing, {}), [one for one in candidates if one is not lost]) == chosen
+        assert policy.choose(Prompt(routing, {}), others) in others
 
 
 @given(candidates=urls, key=st.text(), turn=st.randoms(use_true_random=False))
@@ -171,21 +180,21 @@ def test_the_order_of_engines_does_not_matter_to_the_ring(candidates, key, turn)
     shuffled = list(candidates)
     turn.shuffle(shuffled)
     routing = RoutingKey(key, "")
-    first, second = (ConsistentHash().choose(routing, one) for one in (candidates, shuffled))
+    first, second = (ConsistentHash().choose(Prompt(routing, {}), one) for one in (candidates, shuffled))
     # Two engines with one place on the ring are the only exception: the later one has it, as in vllm-router.
-    places = Counter(fbi_hash(f"{one.url}:{i}") for one in candidates for i in range(160))
+    places = Counter(fbi_hash(f"{one.name}:{i}") for one in candidates for i in range(160))
     assert first == second or max(places.values()) > 1
 
 
 def test_round_robin_takes_each_engine_in_turn():
     candidates = [Candidate(str(number)) for number in range(3)]
-    policy, key = POLICIES["round_robin"](), RoutingKey("", "")
-    assert [policy.choose(key, candidates).url for _ in range(7)] == list("0120120")
+    policy, key = POLICIES["round_robin"]("decode"), Prompt(RoutingKey("", ""), {})
+    assert [policy.choose(key, candidates).name for _ in range(7)] == list("0120120")
 
 
 def test_random_takes_every_engine_about_equally_often():
     candidates = [Candidate(str(number)) for number in range(4)]
-    policy, key = POLICIES["random"](), RoutingKey("", "")
-    counts = Counter(policy.choose(key, candidates).url for _ in range(4000))
+    policy, key = POLICIES["random"]("decode"), Prompt(RoutingKey("", ""), {})
+    counts = Counter(policy.choose(key, candidates).name for _ in range(4000))
     assert len(counts) == 4
     assert min(counts.values()) > 800

@@ -49,7 +49,13 @@ class Call:
 
 
 class Pool:
-    """Takes connections back."""
+    """Takes connections back, and what is written."""
+
+    def __init__(self) -> None:
+        self.outbox = self
+
+    def add(self, writer: EngineConnection) -> None:
+        writer.flush()
 
     def put(self, connection: EngineConnection) -> None: ...
 
@@ -78,7 +84,7 @@ def test_a_bug_in_the_router_fails_the_request_instead_of_hanging_it(
     transport: Any = Transport()
     connection = EngineConnection(engine, pool)
     connection.connection_made(transport)
-    connection.send(call, b"", b"")
+    connection.send(call, b"GET")
     logging.getLogger("pdrouter").propagate = True
     connection.data_received(ANSWER)
     assert [error.reason for error in receiver.failures] == ["router_failure"]

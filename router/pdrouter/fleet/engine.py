@@ -1,6 +1,8 @@
 """One vLLM engine as the router knows it."""
 
 from enum import StrEnum
+from math import inf
+from time import monotonic
 from urllib.parse import urlsplit
 
 
@@ -12,24 +14,58 @@ class Role(StrEnum):
 
 
 class Engine:
-    """An engine: where it is, whether it answers, how much this router gave it to do.
+    """An engine: where it is, whether it answers, how much it has to do.
 
-    `models` maps each model name that the engine serves to what it loads (vLLM's `root`): aliases of one model share
-    it, an adapter has its own. Empty until the engine was asked.
+    `name` is its identity for hash policies: the URL, or the pod's name, which outlives a restart. `models` maps each
+    model name that the engine serves to what it loads (vLLM's `root`): aliases of one model share it, an adapter has
+    its own. Empty until the engine was asked.
+
+    The load row: `in_flight`, `queued_tokens` and `held_tokens` are what this process gave it to do, `elsewhere` what
+    the router's other processes did (`pdrouter.fleet.rows`), `waiting`, `running` and `kv_usage` what its metrics said
+    at `scraped_at` (`time.monotonic`).
     """
 
-    __slots__ = ("authority", "healthy", "host", "in_flight", "models", "port", "role", "url")
+    __slots__ = (
+        "authority", "elsewhere", "healthy", "host", "kv_tokens", "kv_usage", "leaving", "models", "name", "own_held",
+        "own_in_flight", "own_queued", "port", "role", "running", "scraped_at", "url", "waiting",
+    )  # fmt: skip
 
-    def __init__(self, url: str, role: Role) -> None:
+    def __init__(self, url: str, role: Role, name: str | None = None) -> None:
         parts = urlsplit(url)
         self.url = url
+        self.name = name or url
         self.role = role
         self.host = parts.hostname or ""
         self.port = parts.port or 80
         self.authority = parts.netloc.encode()
         self.healthy = False
-        self.in_flight = 0
+        self.leaving = False
         self.models: dict[str, str] = {}
+        self.own_in_flight = self.own_queued = self.own_held = 0
+        self.elsewhere = (0, 0, 0)
+        self.waiting = self.running = self.kv_usage = 0.0
+        self.kv_tokens = 0
+        self.scraped_at = -inf
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that the router gave it and that are not over."""
+        return self.own_in_flight + self.elsewhere[0]
+
+    @property
+    def queued_tokens(self) -> int:
+        """Uncached prompt tokens of requests whose prefill has not ended."""
+        return self.own_queued + self.elsewhere[1]
+
+    @property
+    def held_tokens(self) -> int:
+        """Prompt tokens of requests that are not over."""
+        return self.own_held + self.elsewhere[2]
+
+    @property
+    def metrics_age(self) -> float:
+        """Seconds since its metrics were read."""
+        return monotonic() - self.scraped_at
 
     @property
     def model(self) -> str | None:

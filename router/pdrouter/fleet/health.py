@@ -57,7 +57,7 @@ class Probe:
         told = self._authorization if self._asks_models else ""
         head = f"GET {path} HTTP/1.1\r\nhost: {self._engine.authority.decode()}\r\n{told}\r\n".encode()
         self._timer = self._pool.loop.call_later(self._timeout, self._timed_out)
-        self._call = self._pool.call(self._engine, head, b"", self, counted=False)
+        self._call = self._pool.call(self._engine, head, self, counted=False)
 
     def _timed_out(self) -> None:
         if self._call is not None:

@@ -6,7 +6,7 @@ from pdrouter.handoff.failure import leg_failure
 from pdrouter.handoff.leg import Way
 from pdrouter.handoff.pair import Sink, no_engine
 from pdrouter.observe.record import Record
-from pdrouter.policies import RoutingKey
+from pdrouter.policies import Features
 from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import ConnectError, UpstreamError
 from pdrouter.upstream.pool import Call
@@ -15,11 +15,11 @@ from pdrouter.upstream.pool import Call
 class Alone:
     """Asks one decode engine and passes its answer on, whatever its status."""
 
-    def __init__(self, desk: Desk, way: Way, body: bytes, key: RoutingKey, record: Record, sink: Sink) -> None:
+    def __init__(self, desk: Desk, way: Way, body: bytes, asked: Features, record: Record, sink: Sink) -> None:
         self._desk = desk
         self._way = way
         self._body = body
-        self._key = key
+        self._asked = asked
         self._record = record
         self._sink = sink
         self._call: Call | None = None
@@ -28,7 +28,7 @@ class Alone:
 
     def start(self) -> None:
         """Choose an engine and ask it."""
-        engine = self._desk.choose(Role.DECODE, self._key, self._refused)
+        engine = self._desk.choose(Role.DECODE, self._asked, self._refused)
         if engine is None:
             self._sink.failed(no_engine(Role.DECODE))
             return
@@ -36,7 +36,7 @@ class Alone:
         record.decode[:] = [engine.url]
         record.decode_sent_at = record.started
         self._engine = engine
-        self._call = self._desk.pool.call(engine, self._way.head(engine, len(self._body)), self._body, self)
+        self._call = self._desk.pool.call(engine, self._way.request(engine, self._body), self)
 
     def head(self, status: int, headers: Headers) -> None:
         """Pass on the head."""
@@ -57,7 +57,7 @@ class Alone:
         if isinstance(error, ConnectError) and self._engine is not None:
             self._desk.fleet.mark(self._engine, False, error.reason)
             self._refused.append(self._engine)
-            if self._desk.choose(Role.DECODE, self._key, self._refused) is not None:
+            if self._desk.choose(Role.DECODE, self._asked, self._refused) is not None:
                 self.start()
                 return
         self._sink.failed(leg_failure(502, Role.DECODE, error.reason, f"The request failed: {error}."))

@@ -1,7 +1,6 @@
 """The client's side of a request under way: deadline, disconnect, flow control, and settling exactly once."""
 
-import asyncio
-
+from pdrouter.deadlines import Deadlines
 from pdrouter.handoff.client import Client
 from pdrouter.handoff.desk import Desk
 from pdrouter.handoff.failure import JSON_HEADERS, Failure, leg_failure
@@ -22,12 +21,11 @@ class Delivery:
         self.event_stream = False
         self.settled = False
         self._served: list[Served] = []
-        self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, *served: Served) -> None:
         """Start serving; at the request's deadline what is under way is broken off."""
         self.client.listener = self
-        self._timer = self.desk.loop.call_later(self.desk.request_timeout, self._expired)
+        self.desk.deadlines.start(self)
         self._served.extend(served)
         for one in served:
             if not self.settled:
@@ -38,9 +36,9 @@ class Delivery:
         self._served.append(served)
         served.start()
 
-    def _expired(self) -> None:
-        seconds = self.desk.request_timeout
-        self.fail(leg_failure(504, "router", "timeout", f"The request took longer than {seconds:g} s."))
+    def expired(self, deadlines: Deadlines) -> None:
+        """Break off what is under way (`pdrouter.deadlines`)."""
+        self.fail(leg_failure(504, "router", "timeout", f"The request took longer than {deadlines.seconds:g} s."))
 
     def settle(self, status: int) -> None:
         """Record the end. Only the first call counts."""
@@ -48,8 +46,7 @@ class Delivery:
             return
         self.settled = True
         self.client.listener = None
-        if self._timer is not None:
-            self._timer.cancel()
+        self.desk.deadlines.stop(self)
         self._served.clear()
         self.record.status = status
         self.desk.observer.finished(self.record)

@@ -2,42 +2,50 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from pdrouter.deadlines import Deadlines
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.fleet.fleet import Fleet
 from pdrouter.observe.metrics import Observer
-from pdrouter.policies import Policy, RoutingKey
+from pdrouter.policies import Features, Policy, RoutingKey
 from pdrouter.upstream.pool import Pool
 
 
-@dataclass(frozen=True, slots=True)
 class Desk:
     """Shared by all requests of one router process. Times are seconds."""
 
-    loop: asyncio.AbstractEventLoop
-    fleet: Fleet
-    pool: Pool
-    policies: dict[Role, Policy]
-    observer: Observer
-    lease: float
-    request_timeout: float
+    __slots__ = ("_reasons", "deadlines", "fleet", "lease", "loop", "observer", "policies", "pool")
 
-    def choose(self, role: Role, key: RoutingKey, refused: Sequence[Engine] = ()) -> Engine | None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, fleet: Fleet, pool: Pool, policies: dict[Role, Policy],
+        observer: Observer, lease: float, request_timeout: float,
+    ) -> None:  # fmt: skip
+        self.loop = loop
+        self.fleet = fleet
+        self.pool = pool
+        self.policies = policies
+        self.observer = observer
+        self.lease = lease
+        self.deadlines = Deadlines(loop, request_timeout)
+        self._reasons: dict[str, str] = {}
+
+    def choose(self, role: Role, request: Features, refused: Sequence[Engine] = ()) -> Engine | None:
         """Choose a healthy engine that is not in `refused`, or None when there is none."""
         candidates = self.fleet.healthy(role)
         if refused:
             candidates = [engine for engine in candidates if engine not in refused]
         if not candidates:
             return None
-        return self.policies[role].choose(key, candidates)
+        return self.policies[role].choose(request, candidates)
 
-    def choice_reason(self, role: Role, key: RoutingKey) -> str:
-        """Say how a role's engine is chosen, for the log."""
+    def _choice_reason(self, role: Role, source: str) -> str:
         policy = self.policies[role]
-        return f"{policy.name}:{key.source}" if policy.uses_key else policy.name
+        return f"{policy.name}:{source}" if policy.uses_key else policy.name
 
     def pair_reason(self, key: RoutingKey) -> str:
         """Say how both engines are chosen, for the log."""
-        prefill, decode = self.choice_reason(Role.PREFILL, key), self.choice_reason(Role.DECODE, key)
-        return prefill if prefill == decode else f"{prefill}/{decode}"
+        reason = self._reasons.get(key.source)
+        if reason is None:
+            prefill, decode = (self._choice_reason(role, key.source) for role in (Role.PREFILL, Role.DECODE))
+            reason = self._reasons[key.source] = prefill if prefill == decode else f"{prefill}/{decode}"
+        return reason

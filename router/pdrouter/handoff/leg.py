@@ -12,6 +12,6 @@ class Way:
         self._prefix = b"%b %b HTTP/1.1\r\nhost: " % (method, target)
         self._suffix = b"\r\nx-request-id: %b\r\n%bcontent-length: " % (request_id.encode(), forwarded)
 
-    def head(self, engine: Engine, size: int) -> bytes:
-        """Give request line and headers for an engine and a body of `size` bytes."""
-        return b"%b%b%b%d\r\n\r\n" % (self._prefix, engine.authority, self._suffix, size)
+    def request(self, engine: Engine, body: bytes) -> bytes:
+        """Give the whole request for an engine."""
+        return b"%b%b%b%d\r\n\r\n%b" % (self._prefix, engine.authority, self._suffix, len(body), body)

@@ -17,7 +17,7 @@ from pdrouter.handoff.leg import Way
 from pdrouter.handoff.ticket import Ticket, TicketError, read_ticket
 from pdrouter.observe.record import Record
 from pdrouter.openai.legs import decode_leg, prefill_leg
-from pdrouter.policies import RoutingKey
+from pdrouter.policies import Features
 from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import ConnectError, TooLateError, UpstreamError
 from pdrouter.upstream.pool import Call
@@ -137,8 +137,13 @@ class DecodeLeg:
 class Pair:
     """Serves one prompt by a prefill and a decode engine."""
 
+    __slots__ = (
+        "_asked", "_bare", "_began", "_body", "_call", "_decode", "_desk", "_paused", "_place", "_prefill", "_record",
+        "_refused", "_sink", "_ticket", "_tries", "_way", "state",
+    )  # fmt: skip
+
     def __init__(
-        self, desk: Desk, way: Way, body: Mapping[str, Any], bare: bytes, key: RoutingKey, record: Record, sink: Sink
+        self, desk: Desk, way: Way, body: Mapping[str, Any], bare: bytes, asked: Features, record: Record, sink: Sink
     ) -> None:
         """Prepare.
 
@@ -147,7 +152,7 @@ class Pair:
             way: path and headers of both legs.
             body: the client's JSON, parsed; it has one prompt.
             bare: the same JSON, encoded, without `kv_transfer_params`.
-            key: by which both engines are chosen.
+            asked: by which both engines are chosen.
             record: is told engines and times.
             sink: gets the answer.
         """
@@ -156,7 +161,7 @@ class Pair:
         self._way = way
         self._body = body
         self._bare = bare
-        self._key = key
+        self._asked = asked
         self._record = record
         self._sink = sink
         self._place = -1
@@ -172,16 +177,16 @@ class Pair:
     def start(self) -> None:
         """Choose both engines and ask prefill."""
         desk = self._desk
-        prefill = desk.choose(Role.PREFILL, self._key, self._refused)
-        decode = self._decode or desk.choose(Role.DECODE, self._key, self._refused)
+        prefill = desk.choose(Role.PREFILL, self._asked, self._refused)
+        decode = self._decode or desk.choose(Role.DECODE, self._asked, self._refused)
         if prefill is None or decode is None:
             self.settle_failed(no_engine(Role.PREFILL if prefill is None else Role.DECODE))
             return
         self._note(prefill, decode)
         self._tries += 1
         self._began = perf_counter()
-        leg = prefill_leg(self._body)
-        self._call = desk.pool.call(prefill, self._way.head(prefill, len(leg)), leg, PrefillLeg(self, prefill))
+        request = self._way.request(prefill, prefill_leg(self._body))
+        self._call = desk.pool.call(prefill, request, PrefillLeg(self, prefill))
 
     def _note(self, prefill: Engine, decode: Engine) -> None:
         self._prefill, self._decode = prefill, decode
@@ -217,12 +222,10 @@ class Pair:
 
     def _ask_decode(self, decode: Engine, ticket: Ticket) -> None:
         self.state = State.DECODE
-        leg = decode_leg(self._bare, ticket.params)
+        request = self._way.request(decode, decode_leg(self._bare, ticket.params))
         if self._record.decode_sent_at is None:
             self._record.decode_sent_at = perf_counter()
-        call = self._desk.pool.call(
-            decode, self._way.head(decode, len(leg)), leg, DecodeLeg(self, decode, self._sink), not_after=ticket.expires
-        )
+        call = self._desk.pool.call(decode, request, DecodeLeg(self, decode, self._sink), not_after=ticket.expires)
         self._call = call
         if self._paused:
             call.pause()
@@ -233,7 +236,7 @@ class Pair:
         if isinstance(error, ConnectError):
             self._desk.fleet.mark(engine, False, error.reason)
             self._refused.append(engine)
-            if self._desk.choose(Role.PREFILL, self._key, self._refused) is not None:
+            if self._desk.choose(Role.PREFILL, self._asked, self._refused) is not None:
                 self.start()
                 return
         self.settle_failed(leg_failure(502, Role.PREFILL, error.reason, f"The prefill leg failed: {error}."))
@@ -248,7 +251,7 @@ class Pair:
         if isinstance(error, ConnectError):
             self._desk.fleet.mark(engine, False, error.reason)
             self._refused.append(engine)
-            other = self._desk.choose(Role.DECODE, self._key, self._refused)
+            other = self._desk.choose(Role.DECODE, self._asked, self._refused)
             if other is not None and self._prefill is not None and self._ticket is not None:
                 self._note(self._prefill, other)
                 self._ask_decode(other, self._ticket)

@@ -37,16 +37,17 @@ class Relay(Delivery):
         if self.settled:
             return
         self._status = status
-        lines = [b"x-request-id: %b\r\n" % self.record.request_id.encode()]
+        lines = b"x-request-id: %b\r\n" % self.record.request_id.encode()
         length = -1
-        for name, value in headers:
+        for header in headers:
+            name = header[0]
             if name not in _NOT_RELAYED:
-                lines.append(b"%b: %b\r\n" % (name, value))
-                if name == b"content-type" and value.startswith(b"text/event-stream"):
+                lines += b"%b: %b\r\n" % header
+                if name == b"content-type" and header[1].startswith(b"text/event-stream"):
                     self.event_stream = True
             elif name == b"content-length":
-                length = int(value)
-        self._headers = b"".join(lines)
+                length = int(header[1])
+        self._headers = lines
         if 0 <= length <= _HELD or status in (204, 304):
             self._held = []
             return

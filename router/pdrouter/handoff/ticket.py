@@ -5,8 +5,6 @@ decode has fetched them. A decode that comes later reads whatever the blocks hol
 neither engine fails. So the router must not use a ticket near its end.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -24,22 +22,32 @@ class TicketError(Exception):
     """A prefill answer cannot be handed to decode; the message says what is wrong with it."""
 
 
-@dataclass(frozen=True, slots=True)
 class Ticket:
     """A ticket: `params` goes to decode as it came.
 
     `received` and `expires` are loop times (monotonic seconds); after `expires` it must not be used.
     """
 
-    params: bytes
-    prefill: Engine
-    received: float
-    expires: float
-    prompt_tokens: int | None
+    __slots__ = ("expires", "params", "prefill", "prompt_tokens", "received")
+
+    def __init__(
+        self, params: bytes, prefill: Engine, received: float, expires: float, prompt_tokens: int | None
+    ) -> None:
+        self.params = params
+        self.prefill = prefill
+        self.received = received
+        self.expires = expires
+        self.prompt_tokens = prompt_tokens
 
 
-def _present(value: Any) -> bool:
-    return value is not None and value not in ("", [])
+def _missing(params: dict[str, Any]) -> list[str]:
+    get = params.get
+    missing = []
+    for name in NEEDED:
+        value = get(name)
+        if value is None or value in ("", []):
+            missing.append(name)
+    return missing
 
 
 def read_ticket(raw: bytes, prefill: Engine, decode: Engine, asked_model: Any, now: float, lease: float) -> Ticket:
@@ -60,22 +68,25 @@ def read_ticket(raw: bytes, prefill: Engine, decode: Engine, asked_model: Any, n
         answer = orjson.loads(raw)
     except orjson.JSONDecodeError:
         raise TicketError("its answer is not JSON") from None
-    if not isinstance(answer, Mapping):
+    if not isinstance(answer, dict):
         raise TicketError("its answer is not a JSON object")
     params = answer.get(TICKET_FIELD)
     if not isinstance(params, dict):
         raise TicketError("its answer has no kv_transfer_params; is it started with --kv-transfer-config?")
-    missing = [name for name in NEEDED if not _present(params.get(name))]
-    if missing:
+    if missing := _missing(params):
         raise TicketError(f"its kv_transfer_params lack {', '.join(missing)}")
     if params.get("do_remote_prefill") is not True:
         raise TicketError("its kv_transfer_params do not offer a transfer (do_remote_prefill is not true)")
     model = answer.get("model")
     expected = asked_model if isinstance(asked_model, str) and asked_model else decode.model
-    if expected is not None and not (isinstance(model, str) and decode.same_model(expected, model)):
+    if (
+        model != expected
+        and expected is not None
+        and not (isinstance(model, str) and decode.same_model(expected, model))
+    ):
         raise TicketError(f"it answered with model {model!r}, asked was {expected!r}")
     usage = answer.get("usage")
-    tokens = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     return Ticket(
         orjson.dumps(params), prefill, now, now + lease * (1 - MARGIN), tokens if isinstance(tokens, int) else None
     )

@@ -23,21 +23,23 @@ def quoted(value: str) -> str:
     return text if text.isascii() and text.isprintable() else ascii(text)
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:.1f}"
+def _names(urls: list[str]) -> str:
+    return urls[0] if len(urls) == 1 else quoted(",".join(dict.fromkeys(urls)) or "none")
 
 
 def request_line(record: Record, ended: float) -> str:
-    """Give the line of one finished request (`ended`: `perf_counter` seconds)."""
-    sent, first = record.decode_sent_at, record.first_byte_at
-    ttft = first - sent if first is not None and sent is not None else None
-    prefill = ",".join(dict.fromkeys(record.prefill)) or "none"
-    decode = ",".join(dict.fromkeys(record.decode)) or "none"
+    """Give the line of one finished request (`ended`: `perf_counter` seconds).
+
+    Request id, path and engines are harmless as they are: the first two were checked when the request came in, engines'
+    URLs when the router started.
+    """
+    sent, first, took = record.decode_sent_at, record.first_byte_at, record.prefill_seconds
+    prefill = "-" if took is None else f"{took * 1000:.1f}"
+    ttft = "-" if first is None or sent is None else f"{(first - sent) * 1000:.1f}"
     line = (
-        f"request_id={quoted(record.request_id)} path={quoted(record.path)} status={record.status} "
-        f"prefill={quoted(prefill)} decode={quoted(decode)} prefill_ms={_milliseconds(record.prefill_seconds)} "
-        f"decode_ttft_ms={_milliseconds(ttft)} total_ms={_milliseconds(ended - record.started)} "
-        f"reason={quoted(record.reason or '-')}"
+        f"request_id={record.request_id} path={record.path} status={record.status} "
+        f"prefill={_names(record.prefill)} decode={_names(record.decode)} prefill_ms={prefill} "
+        f"decode_ttft_ms={ttft} total_ms={(ended - record.started) * 1000:.1f} reason={record.reason or '-'}"
     )
     if record.error_leg is not None:
         line += f" error_leg={record.error_leg} error={quoted(record.error_reason or '-')}"

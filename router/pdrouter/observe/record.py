@@ -1,33 +1,37 @@
 """What is known of one client request when it is over."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from time import perf_counter
 
 
-@dataclass(slots=True)
 class Record:
     """Filled while a request is served, read once at its end. Times are `perf_counter` seconds.
 
     `generation` tells requests for text from those for anything else; only they count as pairs.
     """
 
-    request_id: str
-    path: str
-    reason: str = ""
-    generation: bool = False
-    started: float = field(default_factory=perf_counter)
-    status: int = 0
-    prefill: list[str] = field(default_factory=list)
-    decode: list[str] = field(default_factory=list)
-    prefill_seconds: float | None = None
-    ticket_at: float | None = None
-    decode_sent_at: float | None = None
-    first_byte_at: float | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    error_leg: str | None = None
-    error_reason: str | None = None
+    __slots__ = (
+        "completion_tokens", "decode", "decode_sent_at", "error_leg", "error_reason", "first_byte_at", "generation",
+        "path", "prefill", "prefill_seconds", "prompt_tokens", "reason", "request_id", "started", "status", "ticket_at",
+    )  # fmt: skip
+
+    def __init__(self, request_id: str, path: str, reason: str = "", generation: bool = False) -> None:
+        self.request_id = request_id
+        self.path = path
+        self.reason = reason
+        self.generation = generation
+        self.started = perf_counter()
+        self.status = 0
+        self.prefill: list[str] = []
+        self.decode: list[str] = []
+        self.prefill_seconds: float | None = None
+        self.ticket_at: float | None = None
+        self.decode_sent_at: float | None = None
+        self.first_byte_at: float | None = None
+        self.prompt_tokens: int | None = None
+        self.completion_tokens: int | None = None
+        self.error_leg: str | None = None
+        self.error_reason: str | None = None
 
     def first_byte(self) -> None:
         """Note the first byte of an answer; later ones do not count."""

@@ -1,22 +1,11 @@
-"""What every policy knows about a request and an engine, and the policies by name."""
+"""What a policy knows of a request and of an engine, and what it is asked."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from pdrouter.policies.fbi_hash import fbi_hash
 
-
-class Candidate(Protocol):
-    """An engine as policies see it."""
-
-    @property
-    def url(self) -> str:
-        """Its address as configured; hash policies place engines by it."""
-
-    @property
-    def in_flight(self) -> int:
-        """How many requests of this router it is working on."""
+RoleName = Literal["prefill", "decode"]
 
 
 class RoutingKey:
@@ -25,27 +14,123 @@ class RoutingKey:
     `source` says where the key was found, for the log: `header:x-session-id`, `body:user`, `request_hash`.
     """
 
+    __slots__ = ("_place", "source", "text")
+
     def __init__(self, text: str, source: str) -> None:
         self.text = text
         self.source = source
+        self._place = -1
 
-    @cached_property
+    @property
     def place(self) -> int:
         """The key's place on the ring; both roles use the same one."""
-        return fbi_hash(self.text)
+        if self._place < 0:
+            self._place = fbi_hash(self.text)
+        return self._place
+
+
+class Features(Protocol):
+    """What a policy may know of a request. Everything but the key is computed when it is first read."""
+
+    @property
+    def key(self) -> RoutingKey:
+        """By which it is recognised."""
+
+    @property
+    def prefix(self) -> bytes:
+        """The prompt as bytes: requests whose prompts begin alike have equal beginnings here."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the prompt has, estimated where only its text is known."""
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens may be generated; 0 when the client set no limit."""
+
+    @property
+    def session(self) -> str | None:
+        """The session that the request names (a header or a field of the body), or None."""
+
+
+class Candidate(Protocol):
+    """An engine as policies see it: its identity and its load row.
+
+    The first group is counted by the router, over all of its worker processes, and is exact at once. The second comes
+    from the engine's `/metrics` and is `metrics_age` seconds old (infinite before the first scrape).
+    """
+
+    @property
+    def name(self) -> str:
+        """Its identity, which outlives a restart; hash policies place engines by it."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that it is working on."""
+
+    @property
+    def queued_tokens(self) -> int:
+        """Uncached prompt tokens (as the policy estimated them) of requests whose prefill has not ended."""
+
+    @property
+    def held_tokens(self) -> int:
+        """Prompt tokens of all requests that it is working on: what they hold of its KV cache."""
+
+    @property
+    def waiting(self) -> float:
+        """`vllm:num_requests_waiting`."""
+
+    @property
+    def running(self) -> float:
+        """`vllm:num_requests_running`."""
+
+    @property
+    def kv_usage(self) -> float:
+        """`vllm:kv_cache_usage_perc`, 0 to 1."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """How many tokens its KV cache holds (`num_gpu_blocks` times `block_size`); 0 when unknown."""
+
+    @property
+    def metrics_age(self) -> float:
+        """Seconds since the second group was read."""
 
 
 C = TypeVar("C", bound=Candidate)
 
 
 class Policy(Protocol):
-    """A way to choose one engine out of the healthy ones."""
+    """A way to choose one engine of one role out of the healthy ones."""
 
     name: str
     uses_key: bool
 
-    def choose(self, key: RoutingKey, candidates: Sequence[C]) -> C:
-        """Choose one of `candidates`, which is never empty."""
+    def choose(self, request: Features, candidates: Sequence[C]) -> C:
+        """Choose one of `candidates`, which is never empty and stays the same object while the fleet does."""
 
 
-PolicyFactory = Callable[[], Policy]
+class Scoring(Protocol):
+    """A policy that can say why: `/debug/routing` shows it."""
+
+    def scores(self, request: Features, candidates: Sequence[C]) -> list[float]:
+        """Give each candidate's score as `choose` would compare it, without side effects."""
+
+
+class Learning(Protocol):
+    """A policy that remembers what engines hold."""
+
+    def uncached(self, request: Features, candidate: Candidate) -> int:
+        """Estimate how many of the prompt's tokens the engine would have to compute."""
+
+    def routed(self, request: Features, candidate: Candidate) -> None:
+        """The request went to this engine."""
+
+    def answered(self, request: Features, candidate: Candidate, generated: bytes) -> None:
+        """The engine generated this; it continues `request.prefix` as the next turn's prefix will."""
+
+    def gone(self, candidate: Candidate) -> None:
+        """The engine restarted or left: it holds nothing any more."""
+
+
+PolicyFactory = Callable[[RoleName], Policy]

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from pdrouter.policies.choice import C, RoutingKey
+from pdrouter.policies.choice import C, Features
 from pdrouter.policies.fbi_hash import fbi_hash
 
 PLACES_PER_ENGINE = 160
@@ -27,11 +27,11 @@ class ConsistentHash:
         self._ring: list[int] = []
         self._owners: list[Any] = []
 
-    def choose(self, key: RoutingKey, candidates: Sequence[C]) -> C:
+    def choose(self, request: Features, candidates: Sequence[C]) -> C:
         """Give the engine that owns the key."""
         if candidates is not self._of:
             self._build(candidates)
-        at = bisect_left(self._ring, key.place)
+        at = bisect_left(self._ring, request.key.place)
         owner: C = self._owners[at if at < len(self._owners) else 0]
         return owner
 
@@ -39,10 +39,10 @@ class ConsistentHash:
         owners: dict[int, C] = {}
         for candidate in candidates:
             # Hashing 160 places takes milliseconds, so they are kept for when an engine comes back.
-            places = self._places.get(candidate.url)
+            places = self._places.get(candidate.name)
             if places is None:
-                places = [fbi_hash(f"{candidate.url}:{number}") for number in range(PLACES_PER_ENGINE)]
-                self._places[candidate.url] = places
+                places = [fbi_hash(f"{candidate.name}:{number}") for number in range(PLACES_PER_ENGINE)]
+                self._places[candidate.name] = places
             owners.update(dict.fromkeys(places, candidate))
         self._ring = sorted(owners)
         self._owners = [owners[place] for place in self._ring]

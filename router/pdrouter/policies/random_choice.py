@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from pdrouter.policies.choice import C, RoutingKey
+from pdrouter.policies.choice import C, Features
 
 
 class RandomChoice:
@@ -15,6 +15,6 @@ class RandomChoice:
     def __init__(self, seed: int | None = None) -> None:
         self._draw = random.Random(seed)
 
-    def choose(self, key: RoutingKey, candidates: Sequence[C]) -> C:
+    def choose(self, request: Features, candidates: Sequence[C]) -> C:
         """Draw one engine."""
         return candidates[int(self._draw.random() * len(candidates))]

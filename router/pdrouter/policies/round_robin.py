@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pdrouter.policies.choice import C, RoutingKey
+from pdrouter.policies.choice import C, Features
 
 
 class RoundRobin:
@@ -14,7 +14,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._turn = 0
 
-    def choose(self, key: RoutingKey, candidates: Sequence[C]) -> C:
+    def choose(self, request: Features, candidates: Sequence[C]) -> C:
         """Give the next engine."""
         turn = self._turn
         self._turn = turn + 1

@@ -12,14 +12,17 @@ from typing import Protocol, cast
 
 import httptools
 
+from pdrouter.deadlines import Deadlines
 from pdrouter.handoff.client import Listener
 from pdrouter.openai.errors import error_body
+from pdrouter.outbox import Outbox
 from pdrouter.server.limits import Limits
 
 _log = logging.getLogger(__name__)
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode()) for status in HTTPStatus}
 _LINGER = 2.0
 _JSON = b"content-type: application/json\r\n"
+_JOINED = 65536  # a body up to this size is copied behind its head: one buffer less costs more than the copy
 
 
 def _status_line(status: int) -> bytes:
@@ -31,11 +34,17 @@ class Owner(Protocol):
 
     limits: Limits
     draining: bool
+    outbox: Outbox
+    # Who may take how long: between requests, to send a head, between two pieces of a body, to take its answer.
+    idle: Deadlines
+    head: Deadlines
+    body: Deadlines
+    write: Deadlines
 
-    def joined(self, connection: "ClientConnection") -> None:
-        """A connection is open."""
+    def joined(self, connection: "ClientConnection", client: str) -> bool:
+        """A connection is open; tell whether it may stay."""
 
-    def left(self, connection: "ClientConnection") -> None:
+    def left(self, connection: "ClientConnection", client: str) -> None:
         """A connection is closed."""
 
     def refused(self, status: int) -> None:
@@ -47,7 +56,7 @@ class ClientRequest:
 
     __slots__ = (
         "_chunked", "_connection", "_done", "_started", "body", "chunks", "expects_continue", "headers",
-        "keep_alive", "listener", "method", "old", "received", "target",
+        "keep_alive", "listener", "method", "old", "pieces", "raw", "received", "since", "target",
     )  # fmt: skip
 
     def __init__(self, connection: "ClientConnection") -> None:
@@ -56,8 +65,11 @@ class ClientRequest:
         self.target = b""
         self.headers: list[tuple[bytes, bytes]] = []
         self.body = b""
-        self.chunks: list[bytes] = []
+        self.pieces: list[bytes] = []
         self.received = 0
+        self.raw = 0
+        self.chunks = 0
+        self.since = 0.0
         self.keep_alive = True
         self.old = False
         self.expects_continue = False
@@ -66,6 +78,11 @@ class ClientRequest:
         self._chunked = False
         self._done = False
 
+    @property
+    def peer(self) -> str:
+        """The client's address."""
+        return self._connection.client
+
     def header(self, name: bytes) -> bytes | None:
         """Give the first value of a header (lower-case name)."""
         for key, value in self.headers:
@@ -73,24 +90,31 @@ class ClientRequest:
                 return value
         return None
 
-    def _head(self, status: int, headers: bytes, framing: bytes) -> bytes:
-        connection = self._connection
-        if not self.keep_alive or connection.owner.draining:
-            self.keep_alive = False
-            framing += b"connection: close\r\n"
-        return b"%b%b%b\r\n" % (_status_line(status), headers, framing)
+    def _end_of_head(self) -> bytes:
+        if self.keep_alive and not self._connection.owner.draining:
+            return b"\r\n"
+        self.keep_alive = False
+        return b"connection: close\r\n\r\n"
 
     def respond(self, status: int, body: bytes, headers: bytes = b"") -> None:
         """Send a complete answer."""
         if self._done:
             return
         self._done = True
-        bodiless = status in (204, 304)
-        head = self._head(status, headers, b"" if bodiless else b"content-length: %d\r\n" % len(body))
-        if bodiless or self.method == b"HEAD":
-            body = b""
-        self._connection.send(head, body)
-        self._connection.answered(self)
+        connection = self._connection
+        line = _STATUS_LINES.get(status) or _status_line(status)
+        if status in (204, 304):
+            connection.send(b"%b%b%b" % (line, headers, self._end_of_head()))
+        else:
+            head = b"%b%bcontent-length: %d\r\n%b" % (line, headers, len(body), self._end_of_head())
+            if self.method == b"HEAD":
+                connection.send(head)
+            elif len(body) <= _JOINED:
+                connection.send(head + body)
+            else:
+                connection.send(head)
+                connection.send(body)
+        connection.answered(self)
 
     def start(self, status: int, headers: bytes) -> None:
         """Send the head of an answer whose length is not known; to HTTP/1.0 the end of the connection is its end."""
@@ -100,8 +124,8 @@ class ClientRequest:
         self._chunked = not self.old
         if self.old:
             self.keep_alive = False
-        head = self._head(status, headers, b"transfer-encoding: chunked\r\n" if self._chunked else b"")
-        self._connection.send(head, b"")
+        framing = b"transfer-encoding: chunked\r\n" if self._chunked else b""
+        self._connection.send(b"%b%b%b%b" % (_status_line(status), headers, framing, self._end_of_head()))
 
     def write(self, data: bytes) -> None:
         """Send a piece of the body."""
@@ -109,7 +133,7 @@ class ClientRequest:
             return
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        self._connection.send(data, b"")
+        self._connection.send(data)
 
     def finish(self) -> None:
         """Send the end of the body."""
@@ -117,7 +141,7 @@ class ClientRequest:
             return
         self._done = True
         if self._chunked and self.method != b"HEAD":
-            self._connection.send(b"0\r\n\r\n", b"")
+            self._connection.send(b"0\r\n\r\n")
         self._connection.answered(self)
 
     def break_off(self) -> None:
@@ -132,14 +156,25 @@ class ClientRequest:
 class ClientConnection(asyncio.Protocol):
     """Parses requests, hands them to a handler one at a time, writes answers."""
 
+    __slots__ = (
+        "_closing", "_completed", "_current", "_discarding", "_handler", "_head_size", "_out", "_outbox", "_parser",
+        "_paused", "_receiving", "_refusal", "_slow", "_transport", "_unparsed", "_upgrading", "_waiting", "_watch",
+        "client", "owner",
+    )  # fmt: skip
+
     def __init__(self, owner: Owner, handler: Callable[[ClientRequest], None]) -> None:
         self.owner = owner
+        self.client = ""
         self._handler = handler
+        self._outbox = owner.outbox
+        self._out: list[bytes] = []
+        self._closing = False
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._receiving: ClientRequest | None = None
         self._current: ClientRequest | None = None
-        self._waiting: deque[ClientRequest] = deque()
+        self._waiting: deque[ClientRequest] | None = None
+        self._watch: Deadlines | None = None
         self._head_size = 0
         self._unparsed = 0
         self._completed = False
@@ -151,17 +186,25 @@ class ClientConnection(asyncio.Protocol):
 
     # towards requests
 
-    def send(self, head: bytes, body: bytes) -> None:
-        """Write bytes, unless the client is gone."""
+    def send(self, data: bytes) -> None:
+        """Write bytes at the end of the loop's turn."""
+        out = self._out
+        if not out:
+            self._outbox.add(self)
+        out.append(data)
+
+    def flush(self) -> None:
+        """Write what was gathered (`pdrouter.outbox`)."""
         transport = self._transport
+        out, self._out = self._out, []
         if transport is None or transport.is_closing():
             return
-        if not body:
-            transport.write(head)
-        elif len(body) < 65536:
-            transport.write(head + body)
-        else:
-            transport.writelines((head, body))
+        if len(out) == 1:
+            transport.write(out[0])
+        elif out:
+            transport.writelines(out)
+        if self._closing:
+            transport.close()
 
     def answered(self, request: ClientRequest) -> None:
         """A request is done: close, or take the next."""
@@ -174,8 +217,12 @@ class ClientConnection(asyncio.Protocol):
         elif self._waiting:
             # Not from within the answer that just ended: a client that sends thousands ahead must not nest as many.
             asyncio.get_running_loop().call_soon(self._next)
-        else:
+        elif self._refusal is not None or self._receiving is not None or self._paused:
             self._go_on()
+        elif self._watch is self.owner.idle:
+            self.owner.idle.start(self)
+        else:
+            self._wait(self.owner.idle)
 
     def _next(self) -> None:
         if self._current is None and self._waiting and self._transport is not None:
@@ -190,10 +237,12 @@ class ClientConnection(asyncio.Protocol):
         if self._paused and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
+        self._wait_for_client()
 
     def close(self) -> None:
         """Close once everything written is sent."""
-        if self._transport is not None:
+        self._closing = True
+        if not self._out and self._transport is not None:
             self._transport.close()
 
     def close_if_idle(self) -> None:
@@ -203,8 +252,44 @@ class ClientConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close now."""
+        self._out.clear()
         if self._transport is not None:
             self._transport.abort()
+
+    # deadlines
+
+    def _wait(self, deadlines: Deadlines | None) -> None:
+        watch = self._watch
+        if watch is not deadlines:
+            if watch is not None:
+                watch.stop(self)
+            self._watch = deadlines
+            if deadlines is not None:
+                deadlines.start(self)
+
+    def _wait_for_client(self) -> None:
+        owner, request = self.owner, self._receiving
+        if self._current is not None or self._waiting or self._discarding:
+            self._wait(None)
+        elif request is None:
+            self._wait(owner.idle)
+        elif not request.method:
+            self._wait(owner.head)
+        else:
+            self._wait(owner.body)
+            owner.body.start(self)  # anew: the time between two pieces counts
+
+    def expired(self, deadlines: Deadlines) -> None:
+        """The client took too long (`pdrouter.deadlines`)."""
+        if deadlines is self.owner.write:
+            _log.warning("client=%s took nothing of its answer for %g s; cut", self.client, deadlines.seconds)
+            self.abort()
+            return
+        self._watch = None
+        if deadlines is self.owner.idle:
+            self.close_if_idle()
+        elif self._current is None and not self._waiting:
+            self._refuse(408, f"The request did not arrive within {deadlines.seconds:g} s.")
 
     # httptools callbacks
 
@@ -216,56 +301,63 @@ class ClientConnection(asyncio.Protocol):
         """Take (a piece of) the target."""
         if self._receiving is not None:
             self._receiving.target += url
-            self._count(len(url))
+            self._head_size += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header."""
+        """Take a header (or a trailer, which is dropped)."""
         request = self._receiving
-        if request is not None and self._refusal is None:
+        if request is not None and not request.method:
             request.headers.append((name.lower(), value))
-            self._count(len(name) + len(value) + 4)
-            if len(request.headers) > self.owner.limits.header_count:
-                self._refusal = (431, f"A request may have {self.owner.limits.header_count} headers.")
-
-    def _count(self, size: int) -> None:
-        self._head_size += size
-        if self._head_size > self.owner.limits.head:
-            self._head_too_large()
-
-    def _head_too_large(self) -> None:
-        if self._refusal is None:
-            self._refusal = (431, f"Request line and headers may have {self.owner.limits.head} bytes.")
+            self._head_size += len(name) + len(value) + 4
 
     def on_headers_complete(self) -> None:
         """Check what the headers announce."""
         request = self._receiving
-        self._head_size = self._unparsed = 0
+        size, self._head_size = self._head_size, 0
+        self._unparsed = 0
         if request is None or self._refusal is not None:
             return
-        request.method = self._parser.get_method()
-        request.old = self._parser.get_http_version() == "1.0"
-        request.keep_alive = self._parser.should_keep_alive()
-        if self._parser.should_upgrade() and request.method != b"CONNECT":
+        limits, parser = self.owner.limits, self._parser
+        request.method = parser.get_method()
+        request.old = parser.get_http_version() == "1.0"
+        request.keep_alive = parser.should_keep_alive()
+        if size > limits.head:
+            self._head_too_large()
+            return
+        if len(request.headers) > limits.header_count:
+            self._refusal = (431, f"A request may have {limits.header_count} headers.")
+            return
+        if parser.should_upgrade() and request.method != b"CONNECT":
             self._upgrading = True
             return
         for name, value in request.headers:
-            if name == b"content-length" and int(value) > self.owner.limits.body:
-                self._too_large()
+            if name == b"content-length":
+                if int(value) > limits.body:
+                    self._too_large()
             elif name == b"expect":
                 if value.lower() == b"100-continue":
                     request.expects_continue = True
                 else:
                     self._refusal = (417, "Only Expect: 100-continue is known.")
-        if self._current is None and not self._waiting:
+        if request.expects_continue and self._current is None and not self._waiting:
             self._continue(request)
+
+    def _head_too_large(self) -> None:
+        if self._refusal is None:
+            self._refusal = (431, f"Request line and headers may have {self.owner.limits.head} bytes.")
 
     def _continue(self, request: ClientRequest) -> None:
         if request.expects_continue and self._refusal is None and not request.received:
             request.expects_continue = False
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _too_large(self) -> None:
         self._refusal = (413, f"A request body may have {self.owner.limits.body} bytes.")
+
+    def on_chunk_header(self) -> None:
+        """Count a chunk."""
+        if self._receiving is not None:
+            self._receiving.chunks += 1
 
     def on_body(self, data: bytes) -> None:
         """Take a piece of the body."""
@@ -274,10 +366,10 @@ class ClientConnection(asyncio.Protocol):
             return
         request.received += len(data)
         if request.received > self.owner.limits.body:
-            request.chunks.clear()
+            request.pieces.clear()
             self._too_large()
         else:
-            request.chunks.append(data)
+            request.pieces.append(data)
 
     def on_message_complete(self) -> None:
         """The request is complete: serve it, or let it wait for the one before it."""
@@ -287,9 +379,12 @@ class ClientConnection(asyncio.Protocol):
         request, self._receiving = self._receiving, None
         if request is None or self._refusal is not None:
             return
-        request.body = request.chunks[0] if len(request.chunks) == 1 else b"".join(request.chunks)
-        request.chunks.clear()
+        pieces = request.pieces
+        request.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
         if self._current is not None or self._waiting:
+            if self._waiting is None:
+                self._waiting = deque()
             self._waiting.append(request)
             if not self._paused and self._transport is not None:
                 self._paused = True
@@ -315,12 +410,19 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Remember the transport (asyncio)."""
         self._transport = cast(asyncio.Transport, transport)
-        self.owner.joined(self)
+        peer = transport.get_extra_info("peername")
+        self.client = str(peer[0]) if isinstance(peer, tuple) else "-"
+        if not self.owner.joined(self, self.client):
+            self._refuse(503, "The router has as many connections as it may have; close some.")
+        else:
+            self._wait(self.owner.idle)
 
     def data_received(self, data: bytes) -> None:
         """Parse (asyncio)."""
         while data and not self._discarding and self._refusal is None:
             data = self._parse(data)
+        if self._receiving is not None or (self._watch is not None and self._current is not None):
+            self._wait_for_client()
 
     def _parse(self, data: bytes) -> bytes:
         """Parse; give what has to be parsed anew."""
@@ -332,14 +434,27 @@ class ClientConnection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             if self._refusal is None:
                 self._refusal = (400, f"This is not valid HTTP/1.1: {error}")
-        if self._receiving is not None and not self._receiving.method:
-            # The parser holds an unfinished header back, so `on_header` alone would let one grow without end.
-            self._unparsed = 0 if self._completed else self._unparsed + len(data)
-            if self._unparsed > self.owner.limits.head:
-                self._head_too_large()
+        if self._receiving is not None:
+            self._count(self._receiving, len(data))
         if self._refusal is not None and self._current is None and not self._waiting:
             self._refuse(*self._refusal)
         return b""
+
+    def _count(self, request: ClientRequest, size: int) -> None:
+        """Bound what callbacks do not show: the parser holds an unfinished header back, and drops extensions."""
+        limits = self.owner.limits
+        if not request.method:
+            self._unparsed = 0 if self._completed else self._unparsed + size
+            if self._unparsed > limits.head or self._head_size > limits.head:
+                self._head_too_large()
+            return
+        if request.raw == 0:
+            request.since = asyncio.get_running_loop().time()
+        elif asyncio.get_running_loop().time() - request.since > 10 * limits.body_seconds:
+            self._refusal = (408, f"The request did not arrive within {10 * limits.body_seconds:g} s.")
+        request.raw += size
+        if request.raw - request.received > 2 * limits.head + limits.chunk_overhead * request.chunks:
+            self._refusal = (413, "The request has too much in chunk extensions or trailers.")
 
     def _decline_upgrade(self, rest: bytes) -> bytes:
         """Serve a request that offers another protocol as if it had not (RFC 9110 section 7.8 allows that).
@@ -366,10 +481,12 @@ class ClientConnection(asyncio.Protocol):
         """
         self._discarding = True
         self._receiving = None
+        self._wait(None)
         self.owner.refused(status)
         body = error_body(status, message)
         framing = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.send(_status_line(status) + _JSON + framing, body)
+        self.send(_status_line(status) + _JSON + framing + body)
+        self.flush()
         transport = self._transport
         if transport is not None and not transport.is_closing():
             if self._paused:
@@ -381,20 +498,25 @@ class ClientConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The client does not keep up (asyncio)."""
         self._slow = True
+        self.owner.write.start(self)
         if self._current is not None and self._current.listener is not None:
             self._current.listener.client_slow()
 
     def resume_writing(self) -> None:
         """The client keeps up again (asyncio)."""
         self._slow = False
+        self.owner.write.stop(self)
         if self._current is not None and self._current.listener is not None:
             self._current.listener.client_ready()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone (asyncio)."""
         self._transport = None
-        self.owner.left(self)
-        self._waiting.clear()
+        self._wait(None)
+        self.owner.write.stop(self)
+        self.owner.left(self, self.client)
+        if self._waiting:
+            self._waiting.clear()
         request, self._current = self._current, None
         if request is not None and request.listener is not None:
             request.listener.client_gone()

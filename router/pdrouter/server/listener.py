@@ -2,8 +2,11 @@
 
 import asyncio
 import errno
+import ssl
 from collections.abc import Callable
 
+from pdrouter.deadlines import Deadlines
+from pdrouter.outbox import Outbox
 from pdrouter.server.connection import ClientConnection, ClientRequest
 from pdrouter.server.limits import Limits
 
@@ -21,23 +24,39 @@ class Listener:
         limits: Limits,
         refused: Callable[[int], None] = lambda status: None,
     ) -> None:
-        """Prepare.
+        """Prepare; needs a running event loop.
 
         Args:
             handler: gets each complete request.
-            limits: what a request may not exceed.
+            limits: what a client may not exceed.
             refused: gets the status of each request that was refused before it was complete.
         """
+        loop = asyncio.get_running_loop()
         self.refused = refused
         self.limits = limits
         self.draining = False
+        self.outbox = Outbox(loop)
+        self.idle = Deadlines(loop, limits.idle_seconds)
+        self.head = Deadlines(loop, limits.head_seconds)
+        self.body = Deadlines(loop, limits.body_seconds)
+        self.write = Deadlines(loop, limits.write_seconds)
         self._handler = handler
         self._connections: set[ClientConnection] = set()
+        self._of_client: dict[str, int] = {}
         self._server: asyncio.Server | None = None
         self._empty = asyncio.Event()
 
-    async def listen(self, host: str, port: int, flag: str) -> None:
+    async def listen(
+        self, host: str, port: int, flag: str, *, shared: bool = False, tls: ssl.SSLContext | None = None
+    ) -> None:
         """Start accepting.
+
+        Args:
+            host: address of this machine.
+            port: its port.
+            flag: what chooses the port, for the message.
+            shared: whether other processes of this router listen on the same port (SO_REUSEPORT).
+            tls: certificate and key, or None to speak plain HTTP.
 
         Raises:
             ListenError: the address is taken or not of this machine; `flag` is what chooses the port.
@@ -45,7 +64,12 @@ class Listener:
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_server(
-                lambda: ClientConnection(self, self._handler), host, port, backlog=4096
+                lambda: ClientConnection(self, self._handler),
+                host,
+                port,
+                backlog=4096,
+                reuse_port=shared or None,
+                ssl=tls,
             )
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
@@ -61,13 +85,19 @@ class Listener:
             return 0
         return int(self._server.sockets[0].getsockname()[1])
 
-    def joined(self, connection: ClientConnection) -> None:
-        """A connection is open."""
+    def joined(self, connection: ClientConnection, client: str) -> bool:
+        """A connection is open; tell whether it may stay."""
         self._connections.add(connection)
+        of_client = self._of_client.get(client, 0) + 1
+        self._of_client[client] = of_client
+        return len(self._connections) <= self.limits.connections and of_client <= self.limits.connections_per_client
 
-    def left(self, connection: ClientConnection) -> None:
+    def left(self, connection: ClientConnection, client: str) -> None:
         """A connection is closed."""
         self._connections.discard(connection)
+        of_client = self._of_client.pop(client, 0) - 1
+        if of_client > 0:
+            self._of_client[client] = of_client
         if not self._connections:
             self._empty.set()
 
@@ -88,4 +118,6 @@ class Listener:
         left = len(self._connections)
         for connection in list(self._connections):
             connection.abort()
+        for deadlines in (self.idle, self.head, self.body, self.write):
+            deadlines.close()
         return left

@@ -16,6 +16,7 @@ from pdrouter.observe.record import Record
 from pdrouter.openai.asked import CHAT, COMPLETIONS, Asked, read
 from pdrouter.openai.batch import choices_per_prompt, part_body
 from pdrouter.openai.errors import RequestError, error_body
+from pdrouter.openai.features import Prompt
 from pdrouter.openai.legs import without_ticket
 from pdrouter.openai.routing_key import bytes_key, header_key, routing_key
 from pdrouter.policies import RoutingKey
@@ -126,7 +127,9 @@ class Routes:
             record.reason = desk.pair_reason(key)
             relay = Relay(desk, request, record)
             way = Way(b"POST", request.target, told, record.request_id)
-            relay.begin(Pair(desk, way, asked.body, without_ticket(asked.body, raw), key, record, relay))
+            relay.begin(
+                Pair(desk, way, asked.body, without_ticket(asked.body, raw), Prompt(key, asked.body), record, relay)
+            )
 
     def _generate_alone(self, request: ClientRequest, asked: Asked, raw: bytes, record: Record, told: bytes) -> None:
         desk = self._desk
@@ -134,7 +137,7 @@ class Routes:
         record.reason = f"single_engine:{asked.alone}"
         relay = Relay(desk, request, record)
         way = Way(b"POST", request.target, told, record.request_id)
-        relay.begin(Alone(desk, way, without_ticket(asked.body, raw), key, record, relay))
+        relay.begin(Alone(desk, way, without_ticket(asked.body, raw), Prompt(key, asked.body), record, relay))
 
     def _generate_batch(
         self, request: ClientRequest, asked: Asked, prompts: list[object], record: Record, told: bytes
@@ -149,7 +152,7 @@ class Routes:
             if number == 0:
                 record.reason = f"{desk.pair_reason(key)}:batch_of_{len(prompts)}"
             way = Way(b"POST", request.target, told, f"{record.request_id}-{number}")
-            return Pair(desk, way, body, bare, key, record, part)
+            return Pair(desk, way, body, bare, Prompt(key, body), record, part)
 
         Batch(desk, request, record, len(prompts), choices_per_prompt(asked.body), asked.stream, make).run()
 
@@ -167,7 +170,7 @@ class Routes:
         relay = Relay(desk, request, record)
         method = b"GET" if request.method == b"HEAD" else request.method
         way = Way(method, request.target, told, record.request_id)
-        relay.begin(Alone(desk, way, request.body, key, record, relay))
+        relay.begin(Alone(desk, way, request.body, Prompt(key, {}), record, relay))
 
     @staticmethod
     def _path_key(request: ClientRequest) -> RoutingKey:

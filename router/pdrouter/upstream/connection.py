@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import httptools
 
 from pdrouter.fleet.engine import Engine
+from pdrouter.outbox import Outbox
 from pdrouter.upstream.errors import ClosedError, MalformedError, RouterFailureError, UpstreamError
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Headers = list[tuple[bytes, bytes]]
+_FRAMING = frozenset((b"content-length", b"transfer-encoding"))
+_BODILESS = frozenset((204, 304))
 
 
 class Receiver(Protocol):
@@ -36,13 +39,21 @@ class Receiver(Protocol):
 class EngineConnection(asyncio.Protocol):
     """Carries one call at a time; goes back to its pool after each."""
 
+    __slots__ = (
+        "_call", "_complete", "_headers", "_keep", "_out", "_parser", "_pieces", "_pool", "_status", "_transport",
+        "_until_close", "engine", "idle_since", "paused",
+    )  # fmt: skip
+
     def __init__(self, engine: Engine, pool: "Idle") -> None:
         self.engine = engine
         self.idle_since = 0.0
+        self.paused = False
         self._pool = pool
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._call: Call | None = None
+        self._out = b""
+        self._status = 0
         self._headers: Headers = []
         self._pieces: list[bytes] = []
         self._complete = False
@@ -53,28 +64,34 @@ class EngineConnection(asyncio.Protocol):
         """Remember the transport (asyncio)."""
         self._transport = cast(asyncio.Transport, transport)
 
-    def send(self, call: "Call", head: bytes, body: bytes) -> None:
-        """Send a request; its answer goes to the call."""
-        assert self._transport is not None
+    def send(self, call: "Call", request: bytes) -> None:
+        """Send a request at the end of the loop's turn; its answer goes to the call."""
         self._call = call
-        if len(body) < 65536:
-            self._transport.write(head + body)
-        else:
-            self._transport.writelines((head, body))
+        self._out = request
+        self._pool.outbox.add(self)
+
+    def flush(self) -> None:
+        """Write the request (`pdrouter.outbox`)."""
+        out, self._out = self._out, b""
+        if out and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(out)
 
     def pause(self) -> None:
         """Read no more until `resume`, so that the engine has to wait too."""
+        self.paused = True
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume(self) -> None:
         """Read again."""
+        self.paused = False
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def abort(self) -> None:
         """Close at once; the engine sees its client go and aborts the request."""
         self._call = None
+        self._out = b""
         if self._transport is not None:
             self._transport.abort()
 
@@ -90,15 +107,19 @@ class EngineConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """Pass on the head."""
-        status = self._parser.get_status_code()
+        self._status = status = self._parser.get_status_code()
         headers, self._headers = self._headers, []
         if status < 200:
             return
-        names = {name for name, _ in headers}
-        self._until_close = not names & {b"content-length", b"transfer-encoding"} and status not in (204, 304)
-        if self._call is not None:
-            self._call.began = True
-            self._call.receiver.head(status, headers)
+        self._until_close = status not in _BODILESS
+        for name, _ in headers:
+            if name in _FRAMING:
+                self._until_close = False
+                break
+        call = self._call
+        if call is not None:
+            call.began = True
+            call.receiver.head(status, headers)
 
     def on_body(self, data: bytes) -> None:
         """Collect a piece; pieces of one read are passed on together."""
@@ -106,7 +127,7 @@ class EngineConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """Note the end; `data_received` acts on it once the parser has returned and has forgotten this message."""
-        if self._parser.get_status_code() >= 200:
+        if self._status >= 200:
             self._complete = True
             self._keep = self._parser.should_keep_alive() and not self._until_close
 
@@ -178,6 +199,8 @@ class EngineConnection(asyncio.Protocol):
 
 class Idle(Protocol):
     """Where connections go between calls."""
+
+    outbox: Outbox
 
     def put(self, connection: EngineConnection) -> None:
         """Take a connection that may carry another call."""

@@ -3,6 +3,7 @@
 import asyncio
 
 from pdrouter.fleet.engine import Engine
+from pdrouter.outbox import Outbox
 from pdrouter.upstream.connection import EngineConnection, Receiver
 from pdrouter.upstream.errors import ConnectError, TooLateError, UpstreamError
 
@@ -14,12 +15,12 @@ class Call:
     """
 
     __slots__ = (
-        "_body", "_connecting", "_connection", "_counted", "_head", "_pool", "_reused",
+        "_connecting", "_connection", "_counted", "_pool", "_request", "_reused",
         "began", "engine", "not_after", "paused", "receiver",
     )  # fmt: skip
 
     def __init__(
-        self, pool: "Pool", engine: Engine, head: bytes, body: bytes, receiver: Receiver, not_after: float | None
+        self, pool: "Pool", engine: Engine, request: bytes, receiver: Receiver, not_after: float | None, counted: bool
     ) -> None:
         self.engine = engine
         self.receiver = receiver
@@ -27,24 +28,18 @@ class Call:
         self.began = False
         self.paused = False
         self._pool = pool
-        self._head = head
-        self._body = body
-        self._connection: EngineConnection | None = None
+        self._request = request
         self._connecting: asyncio.Task[None] | None = None
-        self._reused = False
-        self._counted = False
-
-    def start(self, counted: bool) -> None:
-        """Send over an idle connection, or connect."""
+        self._counted = counted
         if counted:
-            self._counted = True
-            self.engine.in_flight += 1
-        connection = self._pool.take(self.engine)
+            engine.own_in_flight += 1
+        connection = self._connection = pool.take(engine)
         if connection is None:
+            self._reused = False
             self._connect()
         else:
             self._reused = True
-            self._send(connection)
+            connection.send(self, request)
 
     def _connect(self) -> None:
         self._connecting = self._pool.loop.create_task(self._pool.connect(self))
@@ -60,7 +55,7 @@ class Call:
 
     def _send(self, connection: EngineConnection) -> None:
         self._connection = connection
-        connection.send(self, self._head, self._body)
+        connection.send(self, self._request)
         if self.paused:
             connection.pause()
 
@@ -80,7 +75,7 @@ class Call:
         """Count it as no longer in flight."""
         if self._counted:
             self._counted = False
-            self.engine.in_flight -= 1
+            self.engine.own_in_flight -= 1
         self._connection = None
 
     def abort(self) -> None:
@@ -117,6 +112,7 @@ class Pool:
         self, loop: asyncio.AbstractEventLoop, connect_timeout: float = 3.0, idle_timeout: float = 4.0
     ) -> None:
         self.loop = loop
+        self.outbox = Outbox(loop)
         self._connect_timeout = connect_timeout
         self._idle_timeout = idle_timeout
         self._idle: dict[Engine, list[EngineConnection]] = {}
@@ -126,8 +122,7 @@ class Pool:
     def call(
         self,
         engine: Engine,
-        head: bytes,
-        body: bytes,
+        request: bytes,
         receiver: Receiver,
         *,
         not_after: float | None = None,
@@ -137,19 +132,18 @@ class Pool:
 
         Args:
             engine: whom to ask.
-            head: request line and headers up to and including the empty line.
-            body: the body that the head announces.
+            request: all of it, head and body.
             receiver: gets the answer, never before this returns.
             not_after: loop time after which the request must not be sent any more (`TooLateError`).
             counted: whether it counts as in flight.
         """
-        call = Call(self, engine, head, body, receiver, not_after)
-        call.start(counted)
-        return call
+        return Call(self, engine, request, receiver, not_after, counted)
 
     def take(self, engine: Engine) -> EngineConnection | None:
         """Give an idle connection that is fresh enough, the most recently used first."""
         idle = self._idle.get(engine)
+        if not idle:
+            return None
         oldest = self.loop.time() - self._idle_timeout
         while idle:
             connection = idle.pop()
@@ -163,9 +157,13 @@ class Pool:
         if self._closed or connection.closing():
             connection.abort()
             return
-        connection.resume()
+        if connection.paused:
+            connection.resume()
         connection.idle_since = self.loop.time()
-        self._idle.setdefault(connection.engine, []).append(connection)
+        idle = self._idle.get(connection.engine)
+        if idle is None:
+            idle = self._idle[connection.engine] = []
+        idle.append(connection)
 
     def drop(self, connection: EngineConnection) -> None:
         """Forget a connection that is closed."""

@@ -1,0 +1,104 @@
+"""What policies may know of a request (`pdrouter.policies.choice.Features`), read from its body when they ask."""
+
+from array import array
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import orjson
+
+from pdrouter.policies.choice import RoutingKey
+
+BYTES_PER_TOKEN = 4  # of English text with Llama 3.1's tokenizer: 4.2 to 4.5
+_END = b"\x01"
+
+
+def _part(value: Any) -> bytes:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass")
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+
+
+def _message(message: Any) -> bytes:
+    if not isinstance(message, Mapping):
+        return _part(message) + _END
+    rest = {name: value for name, value in message.items() if name not in ("role", "content")}
+    more = _part(rest) if rest else b""
+    return b"%b\x00%b\x00%b%b" % (_part(message.get("role")), _part(message.get("content")), more, _END)
+
+
+def _messages(messages: Any) -> Iterable[bytes]:
+    return map(_message, messages) if isinstance(messages, list) else (_part(messages),)
+
+
+class Prompt:
+    """A request as policies see it."""
+
+    __slots__ = ("_body", "_prefix", "_tokens", "key", "session")
+
+    def __init__(self, key: RoutingKey, body: Mapping[str, Any], session: str | None = None) -> None:
+        """Prepare.
+
+        Args:
+            key: by which the request is recognised.
+            body: its parsed JSON with one prompt, or an empty mapping for requests without a prompt.
+            session: what it names as its session.
+        """
+        self.key = key
+        self.session = session
+        self._body = body
+        self._prefix: bytes | None = None
+        self._tokens = -1
+
+    @property
+    def prefix(self) -> bytes:
+        """The prompt as bytes that begin alike where prompts do.
+
+        Model, `cache_salt` and tools come first, for they change what the engine may reuse. Text is UTF-8, a token id
+        has four bytes; of a conversation each message ends with a byte that text cannot hold, so that the next turn's
+        bytes begin with this turn's.
+        """
+        if self._prefix is None:
+            body = self._body
+            first = b"%b\x00%b\x00%b\x01" % (
+                _part(body.get("model")), _part(body.get("cache_salt")), _part(body.get("tools")),
+            )  # fmt: skip
+            if "messages" in body:
+                self._prefix = first + b"".join(_messages(body["messages"]))
+            else:
+                self._prefix = first + self._completion_prompt()
+        return self._prefix
+
+    def _completion_prompt(self) -> bytes:
+        prompt = self._body.get("prompt")
+        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+            prompt = prompt[0]
+        if isinstance(prompt, list):
+            try:
+                return array("I", prompt).tobytes()
+            except (TypeError, OverflowError):
+                return _part(prompt)
+        return _part(prompt)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the prompt has, from its length."""
+        if self._tokens < 0:
+            prompt = self._body.get("prompt")
+            if isinstance(prompt, str):
+                size = len(prompt)
+            elif self._body:
+                size = len(self.prefix)
+            else:
+                size = 0
+            self._tokens = max(1, size // BYTES_PER_TOKEN)
+        return self._tokens
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens may be generated; 0 without a limit."""
+        limit = self._body.get("max_completion_tokens") or self._body.get("max_tokens")
+        return limit if isinstance(limit, int) else 0
+
+    def continued(self, text: bytes) -> bytes:
+        """Give generated text as it will stand in the next turn's `prefix`."""
+        return b"assistant\x00%b\x00%b" % (text, _END) if "messages" in self._body else text
