@@ -57,7 +57,7 @@ def test_the_defaults_are_the_documented_ones():
         ([*PAIR, "--port", "0"], "--port 0 is no port"),
         ([*PAIR, "--port", "x"], "invalid int value: 'x'"),
         ([*PAIR, "--port", "29000"], "are both 29000"),
-        ([*PAIR, "--policy", "cache_aware"], "invalid choice: 'cache_aware'"),
+        ([*PAIR, "--policy", "fastest"], "invalid choice: 'fastest'"),
         ([*PAIR, "--request-timeout-secs", "0"], "must be above 0"),
         ([*PAIR, "--request-timeout-secs", "nan"], "must be above 0"),
         ([*PAIR, "--max-payload-size", "0"], "must be above 0"),
@@ -87,7 +87,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     [
         ("prot: 1", "'prot' was unexpected"),
         ("port: x", "port: 'x' is not of type 'integer'"),
-        ("policy: cache_aware", "policy: 'cache_aware' is not one of"),
+        ("policy: fastest", "policy: 'fastest' is not one of"),
         ("[1]", "the file: [1] is not of type 'object'"),
         ("a: [", "is not YAML"),
         ("vllm_pd_disaggregation: false", "vllm_pd_disaggregation: True was expected"),

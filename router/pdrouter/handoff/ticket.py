@@ -41,13 +41,7 @@ class Ticket:
 
 
 def _missing(params: dict[str, Any]) -> list[str]:
-    get = params.get
-    missing = []
-    for name in NEEDED:
-        value = get(name)
-        if value is None or value in ("", []):
-            missing.append(name)
-    return missing
+    return [name for name in NEEDED if params.get(name) in (None, "", [])]
 
 
 def read_ticket(raw: bytes, prefill: Engine, decode: Engine, asked_model: Any, now: float, lease: float) -> Ticket:

@@ -89,7 +89,7 @@ class RequestLog:
 
 def set_up(level: str) -> None:
     """Send the router's own messages to standard error, from a level on."""
-    logging.Formatter.converter = time.gmtime
+    setattr(logging.Formatter, "converter", time.gmtime)  # noqa: B010 -- mypyc knows no assignment to it
     logging.basicConfig(
         level=level.upper(),
         format="%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s",

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -38,10 +38,12 @@ class _Durations:
         return HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
 
 
-def _counter(name: str, text: str, labels: list[str], counts: dict[tuple[str, str], int]) -> CounterMetricFamily:
+def _counter(
+    name: str, text: str, labels: list[str], counts: Mapping[tuple[str, str], int] | Mapping[tuple[str, int], int]
+) -> CounterMetricFamily:
     family = CounterMetricFamily(name, text, labels=labels)
     for values, count in counts.items():
-        family.add_metric(values, count)
+        family.add_metric([str(value) for value in values], count)
     return family
 
 
@@ -50,7 +52,7 @@ class Metrics(Collector):
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._requests: dict[tuple[str, str], int] = defaultdict(int)
+        self._requests: dict[tuple[str, int], int] = defaultdict(int)
         self._errors: dict[tuple[str, str], int] = defaultdict(int)
         self._pairs: dict[tuple[str, str], int] = defaultdict(int)
         self._prompt_tokens = 0
@@ -65,11 +67,14 @@ class Metrics(Collector):
 
     def finished(self, record: Record) -> None:
         """Count a finished request."""
-        self._requests[record.path, str(record.status)] += 1
+        self._requests[record.path, record.status] += 1
         if record.error_leg is not None:
             self._errors[record.error_leg, record.error_reason or ""] += 1
-        for pair in record.pairs():
-            self._pairs[pair] += 1
+        if len(record.decode) == 1 and len(record.prefill) == 1:
+            self._pairs[record.prefill[0], record.decode[0]] += 1
+        else:
+            for pair in record.pairs():
+                self._pairs[pair] += 1
         first = record.first_byte_at
         if first is not None:
             self._ttft.add(first - record.started)

@@ -1,7 +1,6 @@
 """What a generation request asks for, as far as the router must know."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -12,7 +11,6 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
 
-@dataclass(frozen=True, slots=True)
 class Asked:
     """A request body read once.
 
@@ -20,10 +18,13 @@ class Asked:
     batch, which become one handoff each, or is None.
     """
 
-    body: Mapping[str, Any]
-    alone: str | None
-    prompts: list[Any] | None
-    stream: bool
+    __slots__ = ("alone", "body", "prompts", "stream")
+
+    def __init__(self, body: dict[str, Any], alone: str | None, prompts: list[Any] | None, stream: bool) -> None:
+        self.body = body
+        self.alone = alone
+        self.prompts = prompts
+        self.stream = stream
 
 
 def read(path: str, raw: bytes) -> Asked:

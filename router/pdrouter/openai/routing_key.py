@@ -40,9 +40,10 @@ def header_key(headers: Iterable[tuple[bytes, bytes]]) -> RoutingKey | None:
     best = _NONE
     found = b""
     for name, value in headers:
-        rank = _RANK.get(name, _NONE)
-        if rank < _NONE and rank <= best and value and value.isascii():
-            best, found = rank, value
+        if name in _RANK and value and value.isascii():
+            rank = _RANK[name]
+            if rank <= best:
+                best, found = rank, value
     if best == _NONE:
         return None
     source = f"header:{KEY_HEADERS[best].decode()}"

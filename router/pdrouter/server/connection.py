@@ -153,8 +153,11 @@ class ClientRequest:
         self._connection.answered(self)
 
 
-class ClientConnection(asyncio.Protocol):
-    """Parses requests, hands them to a handler one at a time, writes answers."""
+class ClientConnection:
+    """Parses requests, hands them to a handler one at a time, writes answers.
+
+    An `asyncio.Protocol` by its methods alone: a class with a base in Python could not be compiled (`setup.py`).
+    """
 
     __slots__ = (
         "_closing", "_completed", "_current", "_discarding", "_handler", "_head_size", "_out", "_outbox", "_parser",
@@ -494,6 +497,9 @@ class ClientConnection(asyncio.Protocol):
             if transport.can_write_eof():
                 transport.write_eof()
             asyncio.get_running_loop().call_later(_LINGER, transport.abort)
+
+    def eof_received(self) -> None:
+        """The client will send no more: close (asyncio)."""
 
     def pause_writing(self) -> None:
         """The client does not keep up (asyncio)."""

@@ -15,11 +15,12 @@ _CLEAN_ID = re.compile(rb"[A-Za-z0-9._:/=+@-]{1,128}")
 
 def forwarded(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """Encode the headers that go on; the parser has refused line breaks in them."""
-    return b"".join(
-        b"%b: %b\r\n" % (name, value)
-        for name, value in headers
-        if name in FORWARDED or name.startswith(_FORWARDED_FAMILIES)
-    )
+    lines = b""
+    for header in headers:
+        name = header[0]
+        if name in FORWARDED or name.startswith(_FORWARDED_FAMILIES):
+            lines += b"%b: %b\r\n" % header
+    return lines
 
 
 def request_id(told: bytes | None) -> str:

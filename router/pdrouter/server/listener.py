@@ -4,6 +4,7 @@ import asyncio
 import errno
 import ssl
 from collections.abc import Callable
+from typing import cast
 
 from pdrouter.deadlines import Deadlines
 from pdrouter.outbox import Outbox
@@ -64,7 +65,7 @@ class Listener:
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_server(
-                lambda: ClientConnection(self, self._handler),
+                lambda: cast(asyncio.Protocol, ClientConnection(self, self._handler)),
                 host,
                 port,
                 backlog=4096,

@@ -42,7 +42,8 @@ class Routes:
 
     def handle(self, request: ClientRequest) -> None:
         """Serve a request."""
-        path, _, _ = request.target.decode("latin-1").partition("?")
+        target = request.target.decode("latin-1")
+        path = target if target in GENERATIONS else target.partition("?")[0]
         own = self._own.get(path)
         if own is not None:
             if path == "/list_workers" and not self._allowed(request):

@@ -36,8 +36,11 @@ class Receiver(Protocol):
         """There will be no (further) answer."""
 
 
-class EngineConnection(asyncio.Protocol):
-    """Carries one call at a time; goes back to its pool after each."""
+class EngineConnection:
+    """Carries one call at a time; goes back to its pool after each.
+
+    An `asyncio.Protocol` by its methods alone: a class with a base in Python could not be compiled (`setup.py`).
+    """
 
     __slots__ = (
         "_call", "_complete", "_headers", "_keep", "_out", "_parser", "_pieces", "_pool", "_status", "_transport",
@@ -181,6 +184,15 @@ class EngineConnection(asyncio.Protocol):
         self.abort()
         if call is not None:
             call.lost(error)
+
+    def eof_received(self) -> None:
+        """The engine will send no more: close (asyncio)."""
+
+    def pause_writing(self) -> None:
+        """A long request fills the socket's buffer (asyncio); it is in memory in any case."""
+
+    def resume_writing(self) -> None:
+        """The buffer has room again (asyncio)."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail the call, if one is open (asyncio)."""

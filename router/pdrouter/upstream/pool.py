@@ -1,6 +1,7 @@
 """Calls to engines over kept connections."""
 
 import asyncio
+from typing import cast
 
 from pdrouter.fleet.engine import Engine
 from pdrouter.outbox import Outbox
@@ -174,11 +175,10 @@ class Pool:
     async def connect(self, call: Call) -> None:
         """Open a connection for a call."""
         engine = call.engine
+        connection = EngineConnection(engine, self)
         try:
             async with asyncio.timeout(self._connect_timeout):
-                _, connection = await self.loop.create_connection(
-                    lambda: EngineConnection(engine, self), engine.host, engine.port
-                )
+                await self.loop.create_connection(lambda: cast(asyncio.Protocol, connection), engine.host, engine.port)
         except TimeoutError:
             call.lost(ConnectError(f"no connection to {engine.url} within {self._connect_timeout:g} s"))
         except OSError as error:
