@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt bench docs clean
+.PHONY: help setup demo test lint fmt bench bench-router compiled docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,8 +44,14 @@ fmt: setup ## Format the code and apply safe fixes
 bench: setup ## One simulated pair beside the measured figures of two H200 (5 minutes)
 	@$(BIN)/python bench/h200_pair.py
 
+compiled: setup ## The router compiled by mypyc, in .build/router (half a minute)
+	@bash scripts/compiled_router.sh
+
+bench-router: setup ## CPU, latency and memory of the router beside vllm-router and nginx (10 minutes; REPORT=docs/performance.md writes the table there)
+	@$(BIN)/python bench/router/run.py $(if $(REPORT),--report $(REPORT))
+
 docs: setup ## Write docs/reference.md from the programs' own help
 	@$(BIN)/python scripts/reference.py
 
 clean: ## Remove the virtual environment and caches
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) .build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Sources of engines, against a DNS server and a Kubernetes API on loopback."""
