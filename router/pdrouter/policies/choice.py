@@ -1,7 +1,10 @@
 """What a policy knows of a request and of an engine, and what it is asked."""
 
+import random
+import time
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from pdrouter.policies.fbi_hash import fbi_hash
 
@@ -110,15 +113,20 @@ class Policy(Protocol):
         """Choose one of `candidates`, which is never empty and stays the same object while the fleet does."""
 
 
+@runtime_checkable
 class Scoring(Protocol):
     """A policy that can say why: `/debug/routing` shows it."""
 
     def scores(self, request: Features, candidates: Sequence[C]) -> list[float]:
-        """Give each candidate's score as `choose` would compare it, without side effects."""
+        """Give each candidate's score as `choose` would compare it, without side effects.
+
+        The highest wins: `choose` takes one of the candidates that have it. Costs are therefore negative.
+        """
 
 
+@runtime_checkable
 class Learning(Protocol):
-    """A policy that remembers what engines hold."""
+    """A policy that remembers what engines hold. For each request `uncached` is asked before `routed` is told."""
 
     def uncached(self, request: Features, candidate: Candidate) -> int:
         """Estimate how many of the prompt's tokens the engine would have to compute."""
@@ -133,4 +141,40 @@ class Learning(Protocol):
         """The engine restarted or left: it holds nothing any more."""
 
 
-PolicyFactory = Callable[[RoleName], Policy]
+@runtime_checkable
+class Bypassing(Protocol):
+    """A policy that can tell when a prompt is better computed where its answer is generated."""
+
+    def bypass(self, request: Features, prefill: Candidate, decode: Candidate) -> bool:
+        """Say whether `decode` should do the whole request rather than wait for `prefill` and the transfer."""
+
+
+@dataclass(frozen=True)
+class Commons:
+    """What the policies of one router have in common.
+
+    Args:
+        seed: makes random choices repeat; None draws afresh at each start.
+        clock: seconds from any beginning, for what expires.
+        shared: by a policy's name, what its two roles share (llm-d keeps one prefix index for both).
+    """
+
+    seed: int | None = None
+    clock: Callable[[], float] = time.monotonic
+    shared: dict[str, object] = field(default_factory=dict)
+
+    def draw(self) -> random.Random:
+        """Give a source of random numbers of its own to a policy."""
+        return random.Random(self.seed)
+
+
+class PolicyFactory(Protocol):
+    """Makes one role's policy."""
+
+    def __call__(self, role: RoleName, commons: Commons | None = None) -> Policy:
+        """Make it.
+
+        Args:
+            role: whose engines it will choose from.
+            commons: the same object for both roles of a router; without it nothing is shared.
+        """

@@ -6,7 +6,7 @@ one listed later has it. The ring holds the engines that are healthy now, as vll
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pdrouter.policies.choice import C, Features
@@ -34,6 +34,14 @@ class ConsistentHash:
         at = bisect_left(self._ring, request.key.place)
         owner: C = self._owners[at if at < len(self._owners) else 0]
         return owner
+
+    def walk(self, request: Features, candidates: Sequence[C]) -> Iterator[C]:
+        """Give the owner of each place on the ring, once around, from the one that owns the key."""
+        if candidates is not self._of:
+            self._build(candidates)
+        at = bisect_left(self._ring, request.key.place)
+        for number in range(at - len(self._owners), at):
+            yield self._owners[number]
 
     def _build(self, candidates: Sequence[C]) -> None:
         owners: dict[int, C] = {}

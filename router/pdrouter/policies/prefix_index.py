@@ -1,0 +1,117 @@
+"""Which blocks of prompts each engine of one role holds, as far as the router can know.
+
+An engine holds what it was sent and what it generated, until its KV cache is full. As vLLM does, the index forgets the
+prefix that was used longest ago first, and of a prefix its last block first. Every use of a block is a use of all the
+blocks before it, so a block is never forgotten later than one that follows it: what an engine holds of a prompt is
+always a beginning without holes, and its length is found by bisection instead of block by block.
+
+Memory: an engine has at most as many blocks as its KV cache has (`kv_tokens / 64`), or `DEFAULT_BLOCKS` while that is
+unknown, and never more than `MOST_BLOCKS`. A block takes 130 to 190 bytes: 2 MB for the 919,808 tokens of one H200
+with an 8B model, 12 MB at most. Looking up a prompt of 400 KB among 16 engines and recording it takes 0.4 ms.
+"""
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from pdrouter.policies.block_chain import BLOCK_BYTES, BLOCK_TOKENS, block_chain
+from pdrouter.policies.choice import Candidate, Features
+
+DEFAULT_BLOCKS = 8192  # 524,288 tokens: an engine of unknown size is thought rather too small than too large
+MOST_BLOCKS = 65_536  # 4 million tokens
+
+_Held = OrderedDict[int, None]
+
+
+class PrefixIndex:
+    """The blocks of each engine, by its name."""
+
+    def __init__(self, default_blocks: int = DEFAULT_BLOCKS, most_blocks: int = MOST_BLOCKS) -> None:
+        self._default_blocks = default_blocks
+        self._most_blocks = most_blocks
+        self._held: dict[str, _Held] = {}
+        # One request is asked about several times in a row: to choose, to count and to record.
+        self._last: tuple[bytes, list[int]] = (b"", [])
+
+    def _chain(self, prefix: bytes) -> list[int]:
+        last, chain = self._last
+        if last is not prefix:
+            chain = block_chain(prefix, self._most_blocks)
+            self._last = prefix, chain
+        return chain
+
+    @staticmethod
+    def _length(held: _Held, chain: list[int]) -> int:
+        if not chain or chain[0] not in held:
+            return 0
+        if chain[-1] in held:
+            return len(chain)
+        return bisect_left(chain, True, key=lambda block: block not in held)
+
+    def blocks(self, prefix: bytes, candidate: Candidate) -> int:
+        """Give how many blocks of the prompt's beginning the engine holds."""
+        held = self._held.get(candidate.name)
+        return self._length(held, self._chain(prefix)) if held else 0
+
+    def uncached(self, request: Features, candidates: Sequence[Candidate]) -> list[int]:
+        """Estimate how many of the prompt's tokens each engine would have to compute: at least the last one.
+
+        The share of the prompt's bytes that lie in held blocks is taken off its tokens, so that a text whose tokens are
+        longer or shorter than four bytes is judged rightly too.
+        """
+        tokens = request.tokens
+        known = self._held
+        if not known:
+            return [tokens] * len(candidates)
+        prefix = request.prefix
+        chain = self._chain(prefix)
+        if not chain:
+            return [tokens] * len(candidates)
+        size, first = len(prefix), chain[0]
+        found = []
+        for candidate in candidates:
+            held = known.get(candidate.name)
+            if held is None or first not in held:
+                found.append(tokens)
+            else:
+                rest = tokens - tokens * BLOCK_BYTES * self._length(held, chain) // size
+                found.append(rest if rest > 1 else 1)
+        return found
+
+    def size(self, candidate: Candidate) -> int:
+        """Give how many blocks are known of the engine."""
+        return len(self._held.get(candidate.name, ()))
+
+    def capacity(self, candidate: Candidate) -> int:
+        """Give how many blocks may be known of the engine."""
+        tokens = candidate.kv_tokens
+        return min(self._most_blocks, max(1, tokens // BLOCK_TOKENS)) if tokens > 0 else self._default_blocks
+
+    def held(self, prefix: bytes, candidate: Candidate) -> None:
+        """Record that the engine holds the prompt, or used it again."""
+        self._record(self._chain(prefix), candidate)
+
+    def _record(self, chain: list[int], candidate: Candidate) -> None:
+        held = self._held.get(candidate.name)
+        if held is None:
+            held = self._held[candidate.name] = OrderedDict()
+        capacity = self.capacity(candidate)
+        if len(chain) > capacity:
+            chain = chain[:capacity]
+        # The first block is used last, so that it is the last to be forgotten.
+        move = held.move_to_end
+        for block in reversed(chain):
+            if block in held:
+                move(block)
+            else:
+                held[block] = None
+        for _ in range(len(held) - capacity):
+            held.popitem(last=False)
+
+    def continued(self, prefix: bytes, generated: bytes, candidate: Candidate) -> None:
+        """Record that the engine holds the prompt and what it generated after it."""
+        self._record(block_chain(prefix + generated, self._most_blocks), candidate)
+
+    def gone(self, candidate: Candidate) -> None:
+        """Forget all of an engine."""
+        self._held.pop(candidate.name, None)
