@@ -11,10 +11,11 @@ import uvloop
 from pdrouter.fleet.engine import Role
 from pdrouter.fleet.fleet import Fleet
 from pdrouter.fleet.health import Health
+from pdrouter.fleet.scrape import Scrape
 from pdrouter.handoff.desk import Desk
 from pdrouter.observe.log import RequestLog, set_up
 from pdrouter.observe.metrics import Metrics, Observer
-from pdrouter.policies import POLICIES
+from pdrouter.policies import POLICIES, READ_METRICS, Commons
 from pdrouter.server.limits import Limits
 from pdrouter.server.listener import Listener, ListenError
 from pdrouter.server.routes import MetricsRoutes, Routes
@@ -31,13 +32,14 @@ class Router:
     def __init__(self, settings: Settings) -> None:
         loop = asyncio.get_running_loop()
         self._settings = settings
-        self.fleet = Fleet(settings.prefill, settings.decode)
+        self.fleet = Fleet(loop)
         self.pool = Pool(loop, settings.connect_timeout_secs)
         self.metrics = Metrics(self.fleet)
         self._requests = RequestLog(loop, settings.log_level in ("debug", "info"))
+        commons = Commons(seed=settings.seed)
         policies = {
-            Role.PREFILL: POLICIES[settings.prefill_policy or settings.policy]("prefill"),
-            Role.DECODE: POLICIES[settings.decode_policy or settings.policy]("decode"),
+            Role.PREFILL: POLICIES[settings.prefill_policy or settings.policy]("prefill", commons),
+            Role.DECODE: POLICIES[settings.decode_policy or settings.policy]("decode", commons),
         }
         self.desk = Desk(
             loop,
@@ -49,6 +51,8 @@ class Router:
             settings.request_timeout_secs,
         )
         self._health = Health(self.fleet, self.pool, settings.health_interval_secs, _HEALTH_TIMEOUT, settings.api_key)
+        self._scrape = Scrape(self.pool, settings.scrape_interval_secs)
+        self._scrapes = settings.scrape_interval_secs > 0 and any(one.name in READ_METRICS for one in policies.values())
         limits = Limits(body=settings.max_payload_size)
         routes = Routes(self.desk, settings.api_key, lambda: self.public.draining)
         self.public = Listener(routes.handle, limits, routes.refused)
@@ -63,7 +67,11 @@ class Router:
         settings = self._settings
         await self.public.listen(settings.host, settings.port, "--port")
         await self.scraped.listen(settings.prometheus_host, settings.prometheus_port, "--prometheus-port")
-        self._health.start()
+        self.fleet.watch(self.desk)
+        self.fleet.watch(self._health)
+        if self._scrapes:
+            self.fleet.watch(self._scrape)
+        self.fleet.report("command line", settings.found())
 
     async def stop(self) -> None:
         """Let requests finish, then close everything."""
@@ -72,6 +80,7 @@ class Router:
             _log.warning("cut=%d connections were still open after the drain timeout", cut)
         await self.scraped.drain(0)
         self._health.stop()
+        self._scrape.stop()
         self.pool.close()
         self._requests.flush()
 

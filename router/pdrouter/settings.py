@@ -5,7 +5,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 import jsonschema
 import yaml
 
+from pdrouter.discovery.found import Found
+from pdrouter.fleet.engine import Role
 from pdrouter.policies import POLICIES
 
 API_KEY_VARIABLE = "PD_ROUTER_API_KEY"
@@ -42,9 +44,17 @@ class Settings:
     connect_timeout_secs: float = 3.0
     drain_timeout_secs: float = 30.0
     health_interval_secs: float = 1.0
+    scrape_interval_secs: float = 0.25
+    seed: int | None = None
     kv_lease_seconds: float = 30.0
     max_payload_size: int = 64 * 1024 * 1024
     api_key: str | None = None
+
+    def found(self) -> Iterator[Found]:
+        """Give the engines that are named one by one, each under its URL."""
+        for role, urls in ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode)):
+            for url in urls:
+                yield Found(url, url, role)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--connect-timeout-secs", metavar="S", type=float, help="for a connection to an engine (default 3)")
     add("--drain-timeout-secs", metavar="S", type=float, help="how long requests go on after SIGTERM (default 30)")
     add("--health-interval-secs", metavar="S", type=float, help="time between health checks (default 1)")
+    add(
+        "--scrape-interval-secs", metavar="S", type=float,
+        help="time between readings of an engine's /metrics, where the policy uses them (default 0.25, 0: never)",
+    )  # fmt: skip
+    add("--seed", metavar="N", type=int, help="make random choices repeat, for tests and comparisons")
     add("--kv-lease-seconds", metavar="S", type=float, help="kv_lease_duration of the prefill engines (default 30)")
     add("--max-payload-size", metavar="BYTES", type=int, help="largest request body (default 67108864)")
     add("--api-key", metavar="KEY", help=f"key that clients must send; better by {API_KEY_VARIABLE} or a file")
@@ -194,7 +209,9 @@ def _check(settings: Settings) -> None:
         raise SettingsError(f"--port and --prometheus-port are both {settings.port}; they must differ")
     for field in fields(settings):
         value = getattr(settings, field.name)
-        if field.type is float and not (value > 0 or (value == 0 and field.name == "drain_timeout_secs")):
+        if field.type is float and not (
+            value > 0 or (value == 0 and field.name in ("drain_timeout_secs", "scrape_interval_secs"))
+        ):
             raise SettingsError(f"--{field.name.replace('_', '-')} {value:g} must be above 0")
     if settings.max_payload_size < 1:
         raise SettingsError(f"--max-payload-size {settings.max_payload_size} must be above 0")

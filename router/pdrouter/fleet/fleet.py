@@ -1,40 +1,156 @@
 """All engines, and which of them may be chosen."""
 
+import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
+from pdrouter.discovery.found import Found
+from pdrouter.fleet.breaker import Breaker
 from pdrouter.fleet.engine import Engine, Role
 
 _log = logging.getLogger(__name__)
+BY_HAND = "by hand"
+
+
+class Watcher(Protocol):
+    """Hears which engines there are."""
+
+    def joined(self, engine: Engine) -> None:
+        """An engine is new, or came back under its name at another address."""
+
+    def left(self, engine: Engine) -> None:
+        """An engine is gone; what it was given before may still end."""
 
 
 class Fleet:
-    """The engines of both roles in their configured order."""
+    """The engines of both roles, as their sources report them.
 
-    def __init__(self, prefill: Iterable[str], decode: Iterable[str]) -> None:
-        self.engines = {
-            Role.PREFILL: tuple(Engine(url, Role.PREFILL) for url in prefill),
-            Role.DECODE: tuple(Engine(url, Role.DECODE) for url in decode),
-        }
+    A source (the command line, DNS, EndpointSlices, an administrator) reports its complete set; an engine that several
+    report is one engine. An engine that leaves or is terminating gets nothing new and finishes what it has.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.engines: dict[Role, tuple[Engine, ...]] = {Role.PREFILL: (), Role.DECODE: ()}
+        self._loop = loop
         self._healthy: dict[Role, tuple[Engine, ...]] = {Role.PREFILL: (), Role.DECODE: ()}
+        self._reports: dict[str, tuple[Found, ...]] = {}
+        self._refused: set[str] = set()
+        self._breakers: dict[Engine, Breaker] = {}
+        self._watchers: list[Watcher] = []
 
     def __iter__(self) -> Iterator[Engine]:
         yield from self.engines[Role.PREFILL]
         yield from self.engines[Role.DECODE]
 
+    def watch(self, watcher: Watcher) -> None:
+        """Tell of every engine there is, and of each that joins or leaves from now on."""
+        self._watchers.append(watcher)
+        for engine in self:
+            watcher.joined(engine)
+
+    # membership
+
+    def report(self, source: str, found: Iterable[Found]) -> None:
+        """Take the complete set that a source finds now."""
+        self._reports[source] = tuple(found)
+        self._reconcile()
+
+    def add(self, one: Found) -> None:
+        """Add an engine by hand, or take back that it was removed."""
+        self._refused.discard(one.url)
+        others = [other for other in self._reports.get(BY_HAND, ()) if other.url != one.url]
+        self.report(BY_HAND, (*others, one))
+
+    def remove(self, url: str) -> bool:
+        """Remove an engine by hand, whoever reports it; tell whether there was one."""
+        known = any(engine.url == url for engine in self)
+        self._refused.add(url)
+        self.report(BY_HAND, tuple(one for one in self._reports.get(BY_HAND, ()) if one.url != url))
+        return known
+
+    def _reconcile(self) -> None:
+        wanted: dict[tuple[Role, str], Found] = {}
+        for found in self._reports.values():
+            for one in found:
+                if one.url not in self._refused:
+                    wanted.setdefault((one.role, one.name), one)
+        held = {(engine.role, engine.name): engine for engine in self}
+        gone = [engine for key, engine in held.items() if key not in wanted or wanted[key].url != engine.url]
+        come = []
+        for key, one in wanted.items():
+            engine = held.get(key)
+            if engine is None or engine.url != one.url:
+                engine = held[key] = Engine(one.url, one.role, one.name)
+                come.append(engine)
+            if engine.leaving != one.terminating:
+                engine.leaving = one.terminating
+                _log.info("engine=%s role=%s leaving=%s", engine.url, engine.role, str(engine.leaving).lower())
+        for role in Role:
+            self.engines[role] = tuple(held[key] for key in wanted if key[0] is role)
+        for engine in gone:
+            self._breakers.pop(engine).close()
+        for engine in come:
+            self._breakers[engine] = Breaker(self._loop, self._choose_from)
+        for engine in gone:
+            _log.info("engine=%s role=%s left", engine.url, engine.role)
+            for watcher in self._watchers:
+                watcher.left(engine)
+        for engine in come:
+            for watcher in self._watchers:
+                watcher.joined(engine)
+        self._choose_from()
+
+    # health
+
     def healthy(self, role: Role) -> Sequence[Engine]:
-        """Give the healthy engines of a role: the same object until one of them changes, so rings can be kept."""
+        """Give the engines of a role that may be chosen: the same object until one changes, so rings can be kept."""
         return self._healthy[role]
 
     def ready(self) -> bool:
         """Whether a request could be served by a pair."""
         return bool(self._healthy[Role.PREFILL] and self._healthy[Role.DECODE])
 
+    def tripped(self, engine: Engine) -> bool:
+        """Whether the engine failed too many requests in a row and is left alone for a while."""
+        breaker = self._breakers.get(engine)
+        return breaker is not None and breaker.open
+
     def mark(self, engine: Engine, healthy: bool, why: str) -> None:
         """Record that an engine answers or does not; a change is logged with its reason."""
         if engine.healthy == healthy:
             return
         engine.healthy = healthy
-        self._healthy[engine.role] = tuple(one for one in self.engines[engine.role] if one.healthy)
         level = logging.INFO if healthy else logging.WARNING
         _log.log(level, "engine=%s role=%s healthy=%s why=%s", engine.url, engine.role, str(healthy).lower(), why)
+        self._choose_from()
+
+    def succeeded(self, engine: Engine) -> None:
+        """Record that a leg of a request ended well."""
+        if engine.failures:
+            breaker = self._breakers.get(engine)
+            if breaker is not None:
+                breaker.succeeded()
+            engine.failures = 0
+
+    def ended(self, engine: Engine, status: int) -> None:
+        """Record how an engine answered; a 4xx is the client's fault and says that the engine works."""
+        if status >= 500:
+            self.failed(engine, f"status_{status}")
+        else:
+            self.succeeded(engine)
+
+    def failed(self, engine: Engine, why: str) -> None:
+        """Record that a leg failed by the engine's fault: a 5xx, a cut connection, an answer that is none."""
+        engine.failures += 1
+        breaker = self._breakers.get(engine)
+        if breaker is not None:
+            breaker.failed(engine.failures, f"{engine.url} role={engine.role} why={why}")
+
+    def _choose_from(self) -> None:
+        for role in Role:
+            answering = tuple(one for one in self.engines[role] if one.healthy and not one.leaving)
+            # With every breaker open, engines that fail are better than none.
+            candidates = tuple(one for one in answering if not self.tripped(one)) or answering
+            if candidates != self._healthy[role]:
+                self._healthy[role] = candidates

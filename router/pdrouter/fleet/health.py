@@ -124,17 +124,27 @@ class Probe:
 
 
 class Health:
-    """Probes of all engines."""
+    """Probes of all engines, as they come and go (`pdrouter.fleet.fleet.Watcher`)."""
 
     def __init__(self, fleet: Fleet, pool: Pool, interval: float, timeout: float, api_key: str | None = None) -> None:
-        self._probes = [Probe(engine, fleet, pool, interval, timeout, api_key) for engine in fleet]
+        self._fleet = fleet
+        self._pool = pool
+        self._interval = interval
+        self._timeout = timeout
+        self._api_key = api_key
+        self._probes: dict[Engine, Probe] = {}
 
-    def start(self) -> None:
-        """Start asking."""
-        for probe in self._probes:
-            probe.start()
+    def joined(self, engine: Engine) -> None:
+        """Ask it from now on."""
+        probe = Probe(engine, self._fleet, self._pool, self._interval, self._timeout, self._api_key)
+        self._probes[engine] = probe
+        probe.start()
+
+    def left(self, engine: Engine) -> None:
+        """Ask it no more."""
+        self._probes.pop(engine).stop()
 
     def stop(self) -> None:
         """Stop asking."""
-        for probe in self._probes:
+        for probe in self._probes.values():
             probe.stop()

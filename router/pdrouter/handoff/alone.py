@@ -6,7 +6,7 @@ from pdrouter.handoff.failure import leg_failure
 from pdrouter.handoff.leg import Way
 from pdrouter.handoff.pair import Sink, no_engine
 from pdrouter.observe.record import Record
-from pdrouter.policies import Features
+from pdrouter.openai.features import Prompt
 from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import ConnectError, UpstreamError
 from pdrouter.upstream.pool import Call
@@ -15,7 +15,7 @@ from pdrouter.upstream.pool import Call
 class Alone:
     """Asks one decode engine and passes its answer on, whatever its status."""
 
-    def __init__(self, desk: Desk, way: Way, body: bytes, asked: Features, record: Record, sink: Sink) -> None:
+    def __init__(self, desk: Desk, way: Way, body: bytes, asked: Prompt, record: Record, sink: Sink) -> None:
         self._desk = desk
         self._way = way
         self._body = body
@@ -25,6 +25,7 @@ class Alone:
         self._call: Call | None = None
         self._engine: Engine | None = None
         self._refused: list[Engine] = []
+        self._status = 0
 
     def start(self) -> None:
         """Choose an engine and ask it."""
@@ -36,10 +37,14 @@ class Alone:
         record.decode[:] = [engine.url]
         record.decode_sent_at = record.started
         self._engine = engine
-        self._call = self._desk.pool.call(engine, self._way.request(engine, self._body), self)
+        queued = self._desk.routed(Role.DECODE, self._asked, engine) if record.generation else 0
+        held = self._asked.tokens if record.generation else 0
+        request = self._way.request(engine, self._body)
+        self._call = self._desk.pool.call(engine, request, self, held=held, queued=queued)
 
     def head(self, status: int, headers: Headers) -> None:
         """Pass on the head."""
+        self._status = status
         self._sink.head(status, headers)
 
     def body(self, data: bytes) -> None:
@@ -49,11 +54,15 @@ class Alone:
     def end(self) -> None:
         """Pass on the end."""
         self._call = None
+        if self._engine is not None:
+            self._desk.fleet.ended(self._engine, self._status)
         self._sink.end()
 
     def failed(self, error: UpstreamError) -> None:
         """Ask another engine when this one has not seen the request, else tell."""
         self._call = None
+        if self._engine is not None and not isinstance(error, ConnectError):
+            self._desk.fleet.failed(self._engine, error.reason)
         if isinstance(error, ConnectError) and self._engine is not None:
             self._desk.fleet.mark(self._engine, False, error.reason)
             self._refused.append(self._engine)

@@ -7,14 +7,24 @@ from pdrouter.deadlines import Deadlines
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.fleet.fleet import Fleet
 from pdrouter.observe.metrics import Observer
-from pdrouter.policies import Features, Policy, RoutingKey
+from pdrouter.openai.features import Prompt
+from pdrouter.openai.generated import generated_text
+from pdrouter.policies import Bypassing, Learning, Policy, RoutingKey
 from pdrouter.upstream.pool import Pool
+
+
+def decode_by_load(policy: Policy) -> bool:
+    """Whether a policy's choice depends on the engines' load, so that it should be made as late as possible."""
+    return not policy.uses_key and policy.name not in ("round_robin", "random")
 
 
 class Desk:
     """Shared by all requests of one router process. Times are seconds."""
 
-    __slots__ = ("_reasons", "deadlines", "fleet", "lease", "loop", "observer", "policies", "pool")
+    __slots__ = (
+        "_bypassing", "_learning", "_reasons", "chooses_late", "deadlines", "fleet", "lease", "loop", "observer",
+        "policies", "pool",
+    )  # fmt: skip
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, fleet: Fleet, pool: Pool, policies: dict[Role, Policy],
@@ -28,15 +38,59 @@ class Desk:
         self.lease = lease
         self.deadlines = Deadlines(loop, request_timeout)
         self._reasons: dict[str, str] = {}
+        self._learning = {role: policy for role, policy in policies.items() if isinstance(policy, Learning)}
+        prefill, decode = policies[Role.PREFILL], policies[Role.DECODE]
+        self.chooses_late = decode_by_load(policies[Role.DECODE])
+        # One policy must have chosen both: it compares what it knows of the one engine with what it knows of the other.
+        self._bypassing = decode if isinstance(decode, Bypassing) and type(prefill) is type(decode) else None
 
-    def choose(self, role: Role, request: Features, refused: Sequence[Engine] = ()) -> Engine | None:
+    # choosing
+
+    def choose(self, role: Role, asked: Prompt, refused: Sequence[Engine] = ()) -> Engine | None:
         """Choose a healthy engine that is not in `refused`, or None when there is none."""
         candidates = self.fleet.healthy(role)
         if refused:
             candidates = [engine for engine in candidates if engine not in refused]
         if not candidates:
             return None
-        return self.policies[role].choose(request, candidates)
+        return self.policies[role].choose(asked, candidates)
+
+    def bypass(self, asked: Prompt, prefill: Engine, decode: Engine) -> bool:
+        """Say whether the decode engine should serve the request alone."""
+        return self._bypassing is not None and self._bypassing.bypass(asked, prefill, decode)
+
+    def routed(self, role: Role, asked: Prompt, engine: Engine) -> int:
+        """Let the policy know where a request goes; give how many tokens the engine has to compute for it."""
+        learning = self._learning.get(role)
+        if learning is None:
+            return asked.tokens
+        uncached = learning.uncached(asked, engine)
+        learning.routed(asked, engine)
+        return uncached
+
+    def learns(self, role: Role) -> bool:
+        """Whether the policy wants to know what engines of a role generate."""
+        return role in self._learning
+
+    def answered(self, role: Role, asked: Prompt, engine: Engine, answer: bytes) -> None:
+        """Let the policy know what an engine answered."""
+        text = generated_text(answer)
+        if text:
+            self._learning[role].answered(asked, engine, asked.continued(text))
+
+    # fleet (pdrouter.fleet.fleet.Watcher)
+
+    def joined(self, engine: Engine) -> None:
+        """A new engine holds nothing, which is what policies assume."""
+
+    def left(self, engine: Engine) -> None:
+        """Its KV cache is gone, and so are connections to it."""
+        learning = self._learning.get(engine.role)
+        if learning is not None:
+            learning.gone(engine)
+        self.pool.left(engine)
+
+    # for the log
 
     def _choice_reason(self, role: Role, source: str) -> str:
         policy = self.policies[role]

@@ -16,13 +16,14 @@ from pdrouter.handoff.failure import Failure, engine_failure, leg_failure
 from pdrouter.handoff.leg import Way
 from pdrouter.handoff.ticket import Ticket, TicketError, read_ticket
 from pdrouter.observe.record import Record
+from pdrouter.openai.features import Prompt
 from pdrouter.openai.legs import decode_leg, prefill_leg
-from pdrouter.policies import Features
 from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import ConnectError, TooLateError, UpstreamError
 from pdrouter.upstream.pool import Call
 
 _PREFILL_TRIES = 2
+_LEARNT = 512 * 1024  # bytes of an answer: reading a longer one for the policy would hold up other requests
 
 
 class State(enum.Enum):
@@ -102,7 +103,7 @@ class PrefillLeg:
 class DecodeLeg:
     """Passes decode's answer to the sink; `body` is the sink's own, so that a token costs no call more."""
 
-    __slots__ = ("_errors", "_headers", "_pair", "_sink", "_status", "body", "engine")
+    __slots__ = ("_answer", "_errors", "_headers", "_pair", "_sink", "_size", "_status", "body", "engine")
 
     def __init__(self, pair: "Pair", engine: Engine, sink: Sink) -> None:
         self.engine = engine
@@ -111,6 +112,8 @@ class DecodeLeg:
         self._status = 0
         self._headers: Headers = []
         self._errors: list[bytes] = []
+        self._answer: list[bytes] | None = None
+        self._size = 0
         self.body: Callable[[bytes], None] = sink.body
 
     def head(self, status: int, headers: Headers) -> None:
@@ -118,13 +121,28 @@ class DecodeLeg:
         self._status, self._headers = status, headers
         if status == 200:
             self._sink.head(status, headers)
+            if self._pair.learns():
+                self._answer = []
+                self.body = self._keep
         else:
             self.body = self._errors.append
 
+    def _keep(self, data: bytes) -> None:
+        """Pass on a piece, and keep it for the policy while the answer is not too long for that."""
+        self._size += len(data)
+        if self._answer is not None:
+            self._answer.append(data)
+            if self._size > _LEARNT:
+                self._answer = None
+        self._sink.body(data)
+
     def end(self) -> None:
         """The answer is complete."""
+        self._pair.decode_ended(self.engine, self._status)
         if self._status == 200:
             self._pair.decoded()
+            if self._answer is not None:
+                self._pair.learn(self.engine, b"".join(self._answer))
         else:
             body = b"".join(self._errors)
             self._pair.settle_failed(engine_failure(self._status, body, self._headers, Role.DECODE, self.engine.url))
@@ -143,7 +161,7 @@ class Pair:
     )  # fmt: skip
 
     def __init__(
-        self, desk: Desk, way: Way, body: Mapping[str, Any], bare: bytes, asked: Features, record: Record, sink: Sink
+        self, desk: Desk, way: Way, body: Mapping[str, Any], bare: bytes, asked: Prompt, record: Record, sink: Sink
     ) -> None:
         """Prepare.
 
@@ -182,11 +200,27 @@ class Pair:
         if prefill is None or decode is None:
             self.settle_failed(no_engine(Role.PREFILL if prefill is None else Role.DECODE))
             return
+        if desk.bypass(self._asked, prefill, decode):
+            self._decode_alone(decode)
+            return
         self._note(prefill, decode)
         self._tries += 1
         self._began = perf_counter()
         request = self._way.request(prefill, prefill_leg(self._body))
-        self._call = desk.pool.call(prefill, request, PrefillLeg(self, prefill))
+        tokens = self._asked.tokens
+        queued = desk.routed(Role.PREFILL, self._asked, prefill)
+        self._call = desk.pool.call(prefill, request, PrefillLeg(self, prefill), held=tokens, queued=queued)
+
+    def _decode_alone(self, decode: Engine) -> None:
+        """Let decode compute the prompt too: its policy thinks that this is quicker than prefill and a transfer."""
+        self._decode = decode
+        if self._place < 0:
+            self._place = len(self._record.decode)
+            self._record.prefill.append("none")
+            self._record.decode.append(decode.url)
+        self._record.decode[self._place] = decode.url
+        self._record.reason = f"{self._desk.policies[Role.DECODE].name}:bypass"
+        self._send_decode(decode, self._bare, None, self._desk.routed(Role.DECODE, self._asked, decode))
 
     def _note(self, prefill: Engine, decode: Engine) -> None:
         self._prefill, self._decode = prefill, decode
@@ -203,6 +237,7 @@ class Pair:
         """Prefill has answered."""
         now = perf_counter()
         self._call = None
+        self._desk.fleet.ended(engine, status)
         if self._record.prefill_seconds is None:
             self._record.prefill_seconds = now - self._began
         if status != 200:
@@ -210,6 +245,9 @@ class Pair:
             return
         assert self._decode is not None
         desk = self._desk
+        if desk.chooses_late:
+            # By now others have begun or ended: the choice made before prefill only served to see whether there is one.
+            self._note(engine, desk.choose(Role.DECODE, self._asked, self._refused) or self._decode)
         try:
             ticket = read_ticket(body, engine, self._decode, self._body.get("model"), desk.loop.time(), desk.lease)
         except TicketError as error:
@@ -221,11 +259,18 @@ class Pair:
         self._ask_decode(self._decode, ticket)
 
     def _ask_decode(self, decode: Engine, ticket: Ticket) -> None:
+        self._desk.routed(Role.DECODE, self._asked, decode)
+        self._send_decode(decode, decode_leg(self._bare, ticket.params), ticket.expires, 0)
+
+    def _send_decode(self, decode: Engine, body: bytes, not_after: float | None, queued: int) -> None:
         self.state = State.DECODE
-        request = self._way.request(decode, decode_leg(self._bare, ticket.params))
+        request = self._way.request(decode, body)
         if self._record.decode_sent_at is None:
             self._record.decode_sent_at = perf_counter()
-        call = self._desk.pool.call(decode, request, DecodeLeg(self, decode, self._sink), not_after=ticket.expires)
+        call = self._desk.pool.call(
+            decode, request, DecodeLeg(self, decode, self._sink),
+            not_after=not_after, held=self._asked.tokens, queued=queued,
+        )  # fmt: skip
         self._call = call
         if self._paused:
             call.pause()
@@ -233,7 +278,9 @@ class Pair:
     def prefill_failed(self, engine: Engine, error: UpstreamError) -> None:
         """Prefill has not answered."""
         self._call = None
-        if isinstance(error, ConnectError):
+        if not isinstance(error, ConnectError):
+            self._desk.fleet.failed(engine, error.reason)
+        else:
             self._desk.fleet.mark(engine, False, error.reason)
             self._refused.append(engine)
             if self._desk.choose(Role.PREFILL, self._asked, self._refused) is not None:
@@ -252,11 +299,28 @@ class Pair:
             self._desk.fleet.mark(engine, False, error.reason)
             self._refused.append(engine)
             other = self._desk.choose(Role.DECODE, self._asked, self._refused)
+            if other is not None and self._ticket is None:
+                self._decode_alone(other)
+                return
             if other is not None and self._prefill is not None and self._ticket is not None:
                 self._note(self._prefill, other)
                 self._ask_decode(other, self._ticket)
                 return
+        elif not isinstance(error, TooLateError):
+            self._desk.fleet.failed(engine, error.reason)
         self.settle_failed(leg_failure(502, Role.DECODE, error.reason, f"The decode leg failed: {error}."))
+
+    def learns(self) -> bool:
+        """Whether the decode policy wants to know what is generated."""
+        return self._desk.learns(Role.DECODE)
+
+    def learn(self, engine: Engine, answer: bytes) -> None:
+        """Tell the decode policy what was generated."""
+        self._desk.answered(Role.DECODE, self._asked, engine, answer)
+
+    def decode_ended(self, engine: Engine, status: int) -> None:
+        """Decode has answered to the end, whatever it said."""
+        self._desk.fleet.ended(engine, status)
 
     def decoded(self) -> None:
         """Decode's answer is complete."""

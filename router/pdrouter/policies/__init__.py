@@ -52,8 +52,12 @@ POLICIES: dict[str, PolicyFactory] = {
     "sticky_least_loaded": _factory(lambda _, commons: StickyLeastLoaded(commons.clock)),
 }
 
+# Policies that look at what engines say of themselves; for any other reading `/metrics` would be wasted.
+READ_METRICS = frozenset(("llmd_default", "llmd_pd_sample", "pd_cost", "kv_aware"))
+
 __all__ = [
     "POLICIES",
+    "READ_METRICS",
     "Bypassing",
     "Candidate",
     "Commons",

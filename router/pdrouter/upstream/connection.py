@@ -121,7 +121,7 @@ class EngineConnection:
                 break
         call = self._call
         if call is not None:
-            call.began = True
+            call.computed()
             call.receiver.head(status, headers)
 
     def on_body(self, data: bytes) -> None:

@@ -16,13 +16,14 @@ class Call:
     """
 
     __slots__ = (
-        "_connecting", "_connection", "_counted", "_pool", "_request", "_reused",
+        "_connecting", "_connection", "_counted", "_held", "_pool", "_queued", "_request", "_reused",
         "began", "engine", "not_after", "paused", "receiver",
     )  # fmt: skip
 
     def __init__(
-        self, pool: "Pool", engine: Engine, request: bytes, receiver: Receiver, not_after: float | None, counted: bool
-    ) -> None:
+        self, pool: "Pool", engine: Engine, request: bytes, receiver: Receiver, not_after: float | None, counted: bool,
+        held: int, queued: int,
+    ) -> None:  # fmt: skip
         self.engine = engine
         self.receiver = receiver
         self.not_after = not_after
@@ -32,8 +33,12 @@ class Call:
         self._request = request
         self._connecting: asyncio.Task[None] | None = None
         self._counted = counted
+        self._held = held
+        self._queued = queued
         if counted:
             engine.own_in_flight += 1
+            engine.own_held += held
+            engine.own_queued += queued
         connection = self._connection = pool.take(engine)
         if connection is None:
             self._reused = False
@@ -76,8 +81,18 @@ class Call:
         """Count it as no longer in flight."""
         if self._counted:
             self._counted = False
-            self.engine.own_in_flight -= 1
+            engine = self.engine
+            engine.own_in_flight -= 1
+            engine.own_held -= self._held
+            engine.own_queued -= self._queued
         self._connection = None
+
+    def computed(self) -> None:
+        """The answer began, so the prompt is computed."""
+        self.began = True
+        if self._queued:
+            self.engine.own_queued -= self._queued
+            self._queued = 0
 
     def abort(self) -> None:
         """Break it off: the receiver hears nothing more, and the engine sees its client go."""
@@ -128,6 +143,8 @@ class Pool:
         *,
         not_after: float | None = None,
         counted: bool = True,
+        held: int = 0,
+        queued: int = 0,
     ) -> Call:
         """Send a request to an engine.
 
@@ -136,9 +153,11 @@ class Pool:
             request: all of it, head and body.
             receiver: gets the answer, never before this returns.
             not_after: loop time after which the request must not be sent any more (`TooLateError`).
-            counted: whether it counts as in flight.
+            counted: whether it counts in the engine's load row at all.
+            held: tokens that the engine holds for it until it is over.
+            queued: tokens that the engine has to compute before its answer begins.
         """
-        return Call(self, engine, request, receiver, not_after, counted)
+        return Call(self, engine, request, receiver, not_after, counted, held, queued)
 
     def take(self, engine: Engine) -> EngineConnection | None:
         """Give an idle connection that is fresh enough, the most recently used first."""
@@ -185,6 +204,11 @@ class Pool:
             call.lost(ConnectError(f"cannot connect to {engine.url}: {error.strerror or error}"))
         else:
             call.connected(connection)
+
+    def left(self, engine: Engine) -> None:
+        """Close idle connections to an engine that is gone."""
+        for connection in self._idle.pop(engine, ()):
+            connection.abort()
 
     def _close_idle(self) -> None:
         oldest = self.loop.time() - self._idle_timeout

@@ -1,0 +1,152 @@
+"""What engines say of their own load: four numbers out of each `/metrics` page, several times a second.
+
+A page of vLLM has 60 KB; parsing all of it 64 times a second would cost a tenth of a core. Only the needed lines are
+looked for.
+"""
+
+import asyncio
+import logging
+import re
+from time import monotonic
+
+from pdrouter.fleet.engine import Engine
+from pdrouter.upstream.connection import Headers
+from pdrouter.upstream.errors import UpstreamError
+from pdrouter.upstream.pool import Call, Pool
+
+_log = logging.getLogger(__name__)
+_TIMEOUT = 2.0
+_BLOCKS = re.compile(rb'num_gpu_blocks="(\d+)"')
+_BLOCK_SIZE = re.compile(rb'[{,]block_size="(\d+)"')
+
+
+def values(page: bytes, name: bytes) -> list[float]:
+    """Give the values of a metric, one for each engine core of the server.
+
+    Args:
+        page: in Prometheus's text format.
+        name: the metric's full name.
+
+    Raises:
+        ValueError: a value is no number.
+    """
+    found = []
+    start = b"\n" + name + b"{"
+    at = page.find(start)
+    while at >= 0:
+        end = page.find(b"\n", at + 1)
+        line = page[at : end if end >= 0 else len(page)]
+        found.append(float(line[line.rindex(b"}") + 1 :].split()[0]))
+        at = page.find(start, at + 1)
+    return found
+
+
+def kv_tokens(page: bytes) -> int:
+    """Give how many tokens the KV caches of a server hold together; 0 when the page does not tell."""
+    at = page.find(b"\nvllm:cache_config_info{")
+    if at < 0:
+        return 0
+    line = page[at : page.find(b"\n", at + 1)]
+    blocks, size = _BLOCKS.search(line), _BLOCK_SIZE.search(line)
+    return int(blocks[1]) * int(size[1]) if blocks and size else 0
+
+
+def read(page: bytes, engine: Engine) -> bool:
+    """Put a page's numbers into an engine's load row; tell whether they were there."""
+    waiting = values(page, b"vllm:num_requests_waiting")
+    running = values(page, b"vllm:num_requests_running")
+    usage = values(page, b"vllm:kv_cache_usage_perc")
+    if not (waiting and running and usage):
+        return False
+    engine.waiting, engine.running = sum(waiting), sum(running)
+    engine.kv_usage = sum(usage) / len(usage)
+    if not engine.kv_tokens:
+        engine.kv_tokens = kv_tokens(page)
+    engine.scraped_at = monotonic()
+    return True
+
+
+class _Reader:
+    """Asks one engine, again and again."""
+
+    def __init__(self, engine: Engine, pool: Pool, interval: float) -> None:
+        self._engine = engine
+        self._pool = pool
+        self._interval = interval
+        self._request = b"GET /metrics HTTP/1.1\r\nhost: %b\r\n\r\n" % engine.authority
+        self._status = 0
+        self._pieces: list[bytes] = []
+        self._call: Call | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._told = False
+
+    def start(self) -> None:
+        self._pieces.clear()
+        self._call = self._pool.call(self._engine, self._request, self, counted=False)
+        self._timer = self._pool.loop.call_later(_TIMEOUT, self._late)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._call is not None:
+            self._call.abort()
+
+    def _late(self) -> None:
+        if self._call is not None:
+            self._call.abort()
+        self._again()
+
+    def head(self, status: int, headers: Headers) -> None:
+        """Take the status."""
+        self._status = status
+
+    def body(self, data: bytes) -> None:
+        """Take a piece."""
+        self._pieces.append(data)
+
+    def end(self) -> None:
+        """Read the page."""
+        try:
+            useful = self._status == 200 and read(b"".join(self._pieces), self._engine)
+        except ValueError:
+            useful = False
+        if not useful and not self._told:
+            self._told = True
+            _log.warning(
+                "engine=%s its /metrics (status %d) lacks vLLM's load metrics; policies see only what the router "
+                "itself gave it to do", self._engine.url, self._status,
+            )  # fmt: skip
+        self._again()
+
+    def failed(self, error: UpstreamError) -> None:
+        """No answer; health checks say why, and `metrics_age` shows it."""
+        self._again()
+
+    def _again(self) -> None:
+        self._call = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._pool.loop.call_later(self._interval, self.start)
+
+
+class Scrape:
+    """Readers of all engines, as they come and go (`pdrouter.fleet.fleet.Watcher`)."""
+
+    def __init__(self, pool: Pool, interval: float) -> None:
+        self._pool = pool
+        self._interval = interval
+        self._readers: dict[Engine, _Reader] = {}
+
+    def joined(self, engine: Engine) -> None:
+        """Ask it from now on."""
+        reader = self._readers[engine] = _Reader(engine, self._pool, self._interval)
+        reader.start()
+
+    def left(self, engine: Engine) -> None:
+        """Ask it no more."""
+        self._readers.pop(engine).stop()
+
+    def stop(self) -> None:
+        """Ask nobody any more."""
+        for reader in self._readers.values():
+            reader.stop()
