@@ -1,4 +1,8 @@
-"""What the router is told at its start: flags, a YAML file, the environment."""
+"""What the router is told at its start: flags, a YAML file, the environment.
+
+`config.schema.json` names every setting with its meaning and its bounds; flags and the file are both read by it.
+`Settings` has the defaults.
+"""
 
 import argparse
 import difflib
@@ -9,15 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 import jsonschema
 import yaml
 
-from pdrouter.discovery.found import Found
+from pdrouter.discovery.found import Found, Identity
 from pdrouter.fleet.engine import Role
 from pdrouter.policies import POLICIES
+from pdrouter.server.limits import Limits
 
 API_KEY_VARIABLE = "PD_ROUTER_API_KEY"
 
@@ -28,26 +33,54 @@ class SettingsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All settings of a router process. Times are seconds, sizes bytes."""
+    """All settings of a router. Times are seconds, sizes bytes; `config.schema.json` tells what each means."""
 
-    prefill: tuple[str, ...]
-    decode: tuple[str, ...]
+    prefill: tuple[str, ...] = ()
+    decode: tuple[str, ...] = ()
+    prefill_dns: str | None = None
+    decode_dns: str | None = None
+    prefill_selector: str | None = None
+    decode_selector: str | None = None
+    service_discovery_namespace: str | None = None
+    service_discovery_port: str | int | None = None
+    identity: Identity = "address"
     policy: str = "consistent_hash"
     prefill_policy: str | None = None
     decode_policy: str | None = None
+    session_header: str | None = None
+    seed: int | None = None
+    scrape_interval_secs: float = 0.25
     host: str = "0.0.0.0"
     port: int = 10001
     prometheus_host: str = "0.0.0.0"
     prometheus_port: int = 29000
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None
+    workers: int = 1
     log_level: str = "info"
+    log_format: Literal["text", "json"] = "text"
+    debug_routing: int = 128
+    otel_endpoint: str | None = None
     request_timeout_secs: float = 1800.0
     connect_timeout_secs: float = 3.0
     drain_timeout_secs: float = 30.0
     health_interval_secs: float = 1.0
-    scrape_interval_secs: float = 0.25
-    seed: int | None = None
     kv_lease_seconds: float = 30.0
+    max_concurrent_requests: int = 4096
+    queue_size: int = 1024
+    queue_timeout_secs: float = 30.0
+    max_prompts: int = 1024
     max_payload_size: int = 64 * 1024 * 1024
+    max_header_size: int = 32 * 1024
+    max_headers: int = 128
+    max_connections: int = 16384
+    max_connections_per_client: int = 8192
+    client_head_timeout_secs: float = 15.0
+    client_body_timeout_secs: float = 30.0
+    client_idle_timeout_secs: float = 75.0
+    client_write_timeout_secs: float = 120.0
+    tls_cert_file: str | None = None
+    tls_key_file: str | None = None
     api_key: str | None = None
 
     def found(self) -> Iterator[Found]:
@@ -56,10 +89,35 @@ class Settings:
             for url in urls:
                 yield Found(url, url, role)
 
+    def limits(self) -> Limits:
+        """Give what a client may not exceed."""
+        return Limits(
+            body=self.max_payload_size,
+            head=self.max_header_size,
+            header_count=self.max_headers,
+            head_seconds=self.client_head_timeout_secs,
+            body_seconds=self.client_body_timeout_secs,
+            idle_seconds=self.client_idle_timeout_secs,
+            write_seconds=self.client_write_timeout_secs,
+            connections=self.max_connections,
+            connections_per_client=self.max_connections_per_client,
+        )
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise SettingsError(message)
+
+
+def schema() -> dict[str, Any]:
+    """Give the schema of the configuration file."""
+    told: dict[str, Any] = json.loads(files("pdrouter").joinpath("config.schema.json").read_text(encoding="utf-8"))
+    told["$defs"]["policy"]["enum"] = sorted(POLICIES)
+    return told
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,7 +127,6 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    policies = sorted(POLICIES)
     add("--config", metavar="FILE", help="YAML file with the same settings, named as the flags with underscores")
     add(
         "--vllm-pd-disaggregation", "--pd-disaggregation", action="store_true", default=None,
@@ -80,27 +137,20 @@ def _parser() -> argparse.ArgumentParser:
         help="a prefill engine; repeat for each. NIXL needs no bootstrap port: it is taken and not used",
     )  # fmt: skip
     add("--decode", action="append", metavar="URL", help="a decode engine; repeat for each")
-    add("--policy", choices=policies, help="how engines are chosen (default consistent_hash)")
-    add("--prefill-policy", choices=policies, help="for prefill engines instead of --policy")
-    add("--decode-policy", choices=policies, help="for decode engines instead of --policy")
-    add("--host", help="address of the public port (default 0.0.0.0)")
-    add("--port", type=int, help="public port (default 10001)")
-    add("--prometheus-host", metavar="HOST", help="address of the metrics port (default 0.0.0.0)")
-    add("--prometheus-port", metavar="PORT", type=int, help="metrics port (default 29000)")
-    add("--log-level", choices=["debug", "info", "warning", "error", "critical"], help="default info")
-    add("--request-timeout-secs", metavar="S", type=float, help="longest time for one request (default 1800)")
-    add("--connect-timeout-secs", metavar="S", type=float, help="for a connection to an engine (default 3)")
-    add("--drain-timeout-secs", metavar="S", type=float, help="how long requests go on after SIGTERM (default 30)")
-    add("--health-interval-secs", metavar="S", type=float, help="time between health checks (default 1)")
-    add(
-        "--scrape-interval-secs", metavar="S", type=float,
-        help="time between readings of an engine's /metrics, where the policy uses them (default 0.25, 0: never)",
-    )  # fmt: skip
-    add("--seed", metavar="N", type=int, help="make random choices repeat, for tests and comparisons")
-    add("--kv-lease-seconds", metavar="S", type=float, help="kv_lease_duration of the prefill engines (default 30)")
-    add("--max-payload-size", metavar="BYTES", type=int, help="largest request body (default 67108864)")
-    add("--api-key", metavar="KEY", help=f"key that clients must send; better by {API_KEY_VARIABLE} or a file")
-    add("--api-key-file", metavar="FILE", help="file that holds the key")
+    told = schema()
+    defaults = {field.name: field.default for field in fields(Settings)}
+    for name, meaning in told["properties"].items():
+        if name in ("vllm_pd_disaggregation", "prefill", "decode"):
+            continue
+        kind = meaning | told["$defs"].get(meaning.get("$ref", "").rpartition("/")[2], {})
+        default = defaults.get(name)
+        text = meaning["description"] if default is None else f"{meaning['description']} Default {default}."
+        if "enum" in kind:
+            add(_flag(name), choices=kind["enum"], help=text)
+        else:
+            read = {"integer": int, "number": float}.get(str(kind["type"]), str)
+            metavar = {int: "N", float: "S"}.get(read, "TEXT")
+            add(_flag(name), type=read, metavar=metavar, help=text.replace("%", "%%"))
     add("--intra-node-data-parallel-size", metavar="N", type=int, default=1, help="only 1: one engine per URL")
     return parser
 
@@ -126,6 +176,9 @@ def _flags(argv: Sequence[str]) -> dict[str, Any]:
         )
     if "prefill" in given:
         given["prefill"] = [_prefill_url(parts) for parts in given["prefill"]]
+    port = given.get("service_discovery_port")
+    if isinstance(port, str) and port.isdecimal():
+        given["service_discovery_port"] = int(port)
     return given
 
 
@@ -145,9 +198,8 @@ def _file(path: str) -> dict[str, Any]:
         raise SettingsError(f"cannot read --config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
-    schema = json.loads(files("pdrouter").joinpath("config.schema.json").read_text(encoding="utf-8"))
     told = {} if told is None else told
-    found = jsonschema.Draft202012Validator(schema).iter_errors(told)
+    found = jsonschema.Draft202012Validator(schema()).iter_errors(told)
     wrong = [f"{'.'.join(map(str, one.absolute_path)) or 'the file'}: {one.message}" for one in found]
     if wrong:
         raise SettingsError(f"--config {path} does not fit: {'; '.join(sorted(wrong)[:5])}")
@@ -174,6 +226,15 @@ def _checked_url(url: str, flag: str) -> str:
     return url
 
 
+def checked_worker(url: str) -> str:
+    """Check the URL of an engine that is added by hand.
+
+    Raises:
+        SettingsError: it is no http://HOST:PORT.
+    """
+    return _checked_url(url, "url")
+
+
 def _key(given: Mapping[str, Any], environment: Mapping[str, str]) -> str | None:
     if "api_key" in given and "api_key_file" in given:
         raise SettingsError("--api-key and --api-key-file contradict each other; give one")
@@ -190,10 +251,13 @@ def _key(given: Mapping[str, Any], environment: Mapping[str, str]) -> str | None
     return str(key) if key is not None else None
 
 
-def _check(settings: Settings) -> None:
+def _check_engines(settings: Settings) -> None:
     for role, urls in (("prefill", settings.prefill), ("decode", settings.decode)):
-        if not urls:
-            raise SettingsError(f"no {role} engine; give --{role} URL, once for each engine")
+        elsewhere = getattr(settings, f"{role}_dns") or getattr(settings, f"{role}_selector")
+        if not urls and not elsewhere and settings.admin_port is None:
+            raise SettingsError(
+                f"no {role} engine; give --{role} URL, once for each engine, or --{role}-dns or --{role}-selector"
+            )
         for url in urls:
             _checked_url(url, f"--{role}")
             if urls.count(url) > 1:
@@ -201,20 +265,37 @@ def _check(settings: Settings) -> None:
     both = set(settings.prefill) & set(settings.decode)
     if both:
         raise SettingsError(f"{both.pop()} is given as --prefill and as --decode; an engine has one role")
-    for name in ("port", "prometheus_port"):
-        if not 1 <= getattr(settings, name) <= 65535:
-            raise SettingsError(f"--{name.replace('_', '-')} {getattr(settings, name)} is no port (1 to 65535)")
-    everywhere = {settings.host, settings.prometheus_host} & {"0.0.0.0", "::", ""}
-    if settings.port == settings.prometheus_port and (settings.host == settings.prometheus_host or everywhere):
-        raise SettingsError(f"--port and --prometheus-port are both {settings.port}; they must differ")
+
+
+def _check(settings: Settings) -> None:
+    _check_engines(settings)
+    ports = [
+        ("port", settings.host),
+        ("prometheus_port", settings.prometheus_host),
+        ("admin_port", settings.admin_host),
+    ]
+    taken: dict[int, list[tuple[str, str]]] = {}
+    for name, host in ports:
+        port = getattr(settings, name)
+        if port is None:
+            continue
+        if not 1 <= port <= 65535:
+            raise SettingsError(f"{_flag(name)} {port} is no port (1 to 65535)")
+        for other, address in taken.get(port, ()):
+            if address == host or {address, host} & {"0.0.0.0", "::", ""}:
+                raise SettingsError(f"{_flag(other)} and {_flag(name)} are both {port}; they must differ")
+        taken.setdefault(port, []).append((name, host))
+    properties = schema()["properties"]
     for field in fields(settings):
-        value = getattr(settings, field.name)
-        if field.type is float and not (
-            value > 0 or (value == 0 and field.name in ("drain_timeout_secs", "scrape_interval_secs"))
-        ):
-            raise SettingsError(f"--{field.name.replace('_', '-')} {value:g} must be above 0")
-    if settings.max_payload_size < 1:
-        raise SettingsError(f"--max-payload-size {settings.max_payload_size} must be above 0")
+        value, bounds = getattr(settings, field.name), properties[field.name]
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if "exclusiveMinimum" in bounds and not value > bounds["exclusiveMinimum"]:
+            raise SettingsError(f"{_flag(field.name)} {value:g} must be above {bounds['exclusiveMinimum']:g}")
+        if "minimum" in bounds and not value >= bounds["minimum"]:
+            raise SettingsError(f"{_flag(field.name)} {value:g} must be {bounds['minimum']} or more")
+    if (settings.tls_cert_file is None) != (settings.tls_key_file is None):
+        raise SettingsError("--tls-cert-file and --tls-key-file belong together; give both or none")
 
 
 def load(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:

@@ -268,6 +268,18 @@ def wire(method: str, path: str, body: bytes = b"", headers: dict[str, str] | No
     return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
 
 
+async def ask(port: int, method: str, path: str, body: bytes = b"") -> Answer:
+    """Send one request to a port of this machine."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+    try:
+        writer.write(wire(method, path, body))
+        return await read_answer(reader, method)
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
 _hosts = count(1)
 
 
@@ -312,12 +324,14 @@ class Bed:
         return await self.post("/v1/completions", {"model": "tiny", "prompt": prompt, "max_tokens": 8} | fields)
 
     async def metrics(self) -> str:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.router.scraped.port, limit=2**20)
-        writer.write(wire("GET", "/metrics"))
-        answer = await read_answer(reader, "GET")
-        writer.close()
-        await writer.wait_closed()
-        return answer.body.decode()
+        return (await ask(self.router.scraped.port, "GET", "/metrics")).body.decode()
+
+    async def admin(self, method: str, path: str, body: bytes = b"") -> Answer:
+        return await ask(self.router.admin.port, method, path, body)
+
+    async def workers(self) -> list[dict[str, Any]]:
+        told: list[dict[str, Any]] = (await self.admin("GET", "/list_workers")).json["workers"]
+        return told
 
 
 @asynccontextmanager
@@ -330,7 +344,7 @@ async def routed(prefills: int = 1, decodes: int = 1, **settings: Any) -> AsyncI
             stack.push_async_callback(engine.stop)
         told: dict[str, Any] = {
             "host": "127.0.0.1", "port": 0, "prometheus_host": "127.0.0.1", "prometheus_port": 0,
-            "drain_timeout_secs": 0.1, "health_interval_secs": 0.1,
+            "admin_port": 0, "drain_timeout_secs": 0.1, "health_interval_secs": 0.1,
         }  # fmt: skip
         bed.router = Router(
             Settings(tuple(one.url for one in bed.prefills), tuple(one.url for one in bed.decodes), **(told | settings))

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdrouter.openai.features import Prompt
-from pdrouter.openai.routing_key import body_key, forwarded_text_key, routing_key
+from pdrouter.openai.routing_key import KeySources, body_key, forwarded_text_key
 from pdrouter.policies import POLICIES, ConsistentHash, RoutingKey
 from pdrouter.policies import fbi_hash as fbi_hash_module
 from pdrouter.policies.fbi_hash import fbi_hash
+
+routing_key = KeySources().routing_key
 
 FILE = pathlib.Path(__file__).parent / "data" / "decisions.jsonl.gz"
 AGREEING = {

@@ -385,7 +385,7 @@ def test_an_engine_that_refuses_connections_is_replaced_and_left_alone(role):
             for number in range(4):
                 assert (await bed.complete(str(number))).status == 200
             assert len(engines[1].seen) == 4
-            workers = (await bed.get("/list_workers")).json["workers"]
+            workers = await bed.workers()
             assert [one["url"] for one in workers if not one["healthy"]] == [engines[0].url]
 
     run(main)

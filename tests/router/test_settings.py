@@ -60,7 +60,7 @@ def test_the_defaults_are_the_documented_ones():
         ([*PAIR, "--policy", "fastest"], "invalid choice: 'fastest'"),
         ([*PAIR, "--request-timeout-secs", "0"], "must be above 0"),
         ([*PAIR, "--request-timeout-secs", "nan"], "must be above 0"),
-        ([*PAIR, "--max-payload-size", "0"], "must be above 0"),
+        ([*PAIR, "--max-payload-size", "0"], "must be 1 or more"),
         ([*PAIR, "--api-key", ""], "the API key is empty"),
         ([*PAIR, "--api-key", "k", "--api-key-file", "f"], "contradict each other"),
         ([*PAIR, "--api-key-file", "/nonexistent"], "cannot read --api-key-file"),

@@ -127,6 +127,7 @@ class Fleet:
 
     def succeeded(self, engine: Engine) -> None:
         """Record that a leg of a request ended well."""
+        engine.answered += 1
         if engine.failures:
             breaker = self._breakers.get(engine)
             if breaker is not None:
@@ -143,6 +144,7 @@ class Fleet:
     def failed(self, engine: Engine, why: str) -> None:
         """Record that a leg failed by the engine's fault: a 5xx, a cut connection, an answer that is none."""
         engine.failures += 1
+        engine.failed += 1
         breaker = self._breakers.get(engine)
         if breaker is not None:
             breaker.failed(engine.failures, f"{engine.url} role={engine.role} why={why}")

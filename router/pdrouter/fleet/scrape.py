@@ -10,6 +10,7 @@ import re
 from time import monotonic
 
 from pdrouter.fleet.engine import Engine
+from pdrouter.fleet.rows import Rows
 from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import UpstreamError
 from pdrouter.upstream.pool import Call, Pool
@@ -69,8 +70,9 @@ def read(page: bytes, engine: Engine) -> bool:
 class _Reader:
     """Asks one engine, again and again."""
 
-    def __init__(self, engine: Engine, pool: Pool, interval: float) -> None:
+    def __init__(self, engine: Engine, pool: Pool, interval: float, rows: Rows | None) -> None:
         self._engine = engine
+        self._rows = rows
         self._pool = pool
         self._interval = interval
         self._request = b"GET /metrics HTTP/1.1\r\nhost: %b\r\n\r\n" % engine.authority
@@ -110,6 +112,8 @@ class _Reader:
             useful = self._status == 200 and read(b"".join(self._pieces), self._engine)
         except ValueError:
             useful = False
+        if useful and self._rows is not None:
+            self._rows.changed(self._engine)
         if not useful and not self._told:
             self._told = True
             _log.warning(
@@ -132,14 +136,15 @@ class _Reader:
 class Scrape:
     """Readers of all engines, as they come and go (`pdrouter.fleet.fleet.Watcher`)."""
 
-    def __init__(self, pool: Pool, interval: float) -> None:
+    def __init__(self, pool: Pool, interval: float, rows: Rows | None = None) -> None:
         self._pool = pool
         self._interval = interval
+        self._rows = rows
         self._readers: dict[Engine, _Reader] = {}
 
     def joined(self, engine: Engine) -> None:
         """Ask it from now on."""
-        reader = self._readers[engine] = _Reader(engine, self._pool, self._interval)
+        reader = self._readers[engine] = _Reader(engine, self._pool, self._interval, self._rows)
         reader.start()
 
     def left(self, engine: Engine) -> None:

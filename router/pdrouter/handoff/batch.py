@@ -72,8 +72,11 @@ class Batch(Delivery):
         self._slow = False
 
     def run(self) -> None:
-        """Start as many prompts as may be under way at once."""
+        """Serve as soon as there is room."""
         self.begin()
+
+    def admitted(self) -> None:
+        """Start as many prompts as may be under way at once (`pdrouter.handoff.admission`)."""
         while self._next < min(self._prompts, _AT_ONCE) and not self.settled:
             self._start_next()
 

@@ -20,16 +20,26 @@ class Delivery:
         self.started = False
         self.event_stream = False
         self.settled = False
+        self.admission: str | None = None
         self._served: list[Served] = []
 
     def begin(self, *served: Served) -> None:
-        """Start serving; at the request's deadline what is under way is broken off."""
+        """Serve as soon as there is room; at the request's deadline what is under way is broken off."""
         self.client.listener = self
         self.desk.deadlines.start(self)
         self._served.extend(served)
-        for one in served:
+        self.desk.admission.enter(self)
+
+    def admitted(self) -> None:
+        """Start serving (`pdrouter.handoff.admission`)."""
+        for one in self._served[:]:
             if not self.settled:
                 one.start()
+
+    def turned_away(self, why: str, retry_after: int) -> None:
+        """Tell the client to come back (`pdrouter.handoff.admission`)."""
+        headers = b"retry-after: %d\r\n" % retry_after
+        self.fail(leg_failure(429, "router", "overload", f"{why}; try again in {retry_after} s.", headers))
 
     def add(self, served: Served) -> None:
         """Start serving one part more."""
@@ -38,6 +48,12 @@ class Delivery:
 
     def expired(self, deadlines: Deadlines) -> None:
         """Break off what is under way (`pdrouter.deadlines`)."""
+        admission = self.desk.admission
+        if deadlines is admission.deadlines:
+            self.turned_away(
+                f"The request waited {deadlines.seconds:g} s in the router's queue", admission.retry_after()
+            )
+            return
         self.fail(leg_failure(504, "router", "timeout", f"The request took longer than {deadlines.seconds:g} s."))
 
     def settle(self, status: int) -> None:
@@ -47,6 +63,7 @@ class Delivery:
         self.settled = True
         self.client.listener = None
         self.desk.deadlines.stop(self)
+        self.desk.admission.leave(self)
         self._served.clear()
         self.record.status = status
         self.desk.observer.finished(self.record)
@@ -61,7 +78,7 @@ class Delivery:
         for one in served:
             one.abort()
         if not self.started:
-            self.client.respond(failure.status, failure.body, JSON_HEADERS)
+            self.client.respond(failure.status, failure.body, JSON_HEADERS + failure.headers)
             return
         if self.event_stream:
             self.client.write(b"data: %b\n\n" % failure.body)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pdrouter.deadlines import Deadlines
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.fleet.fleet import Fleet
+from pdrouter.handoff.admission import Admission
+from pdrouter.observe.decisions import Decisions
 from pdrouter.observe.metrics import Observer
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.generated import generated_text
-from pdrouter.policies import Bypassing, Learning, Policy, RoutingKey
+from pdrouter.policies import Bypassing, Learning, Policy, RoutingKey, Scoring
 from pdrouter.upstream.pool import Pool
 
 
@@ -22,24 +24,27 @@ class Desk:
     """Shared by all requests of one router process. Times are seconds."""
 
     __slots__ = (
-        "_bypassing", "_learning", "_reasons", "chooses_late", "deadlines", "fleet", "lease", "loop", "observer",
-        "policies", "pool",
+        "_bypassing", "_learning", "_reasons", "_scoring", "admission", "chooses_late", "deadlines", "decisions",
+        "fleet", "lease", "loop", "observer", "policies", "pool",
     )  # fmt: skip
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, fleet: Fleet, pool: Pool, policies: dict[Role, Policy],
-        observer: Observer, lease: float, request_timeout: float,
+        observer: Observer, decisions: Decisions | None, admission: Admission, lease: float, request_timeout: float,
     ) -> None:  # fmt: skip
         self.loop = loop
         self.fleet = fleet
         self.pool = pool
         self.policies = policies
         self.observer = observer
+        self.decisions = decisions
+        self.admission = admission
         self.lease = lease
         self.deadlines = Deadlines(loop, request_timeout)
         self._reasons: dict[str, str] = {}
         self._learning = {role: policy for role, policy in policies.items() if isinstance(policy, Learning)}
         prefill, decode = policies[Role.PREFILL], policies[Role.DECODE]
+        self._scoring = {role: policy for role, policy in policies.items() if isinstance(policy, Scoring)}
         self.chooses_late = decode_by_load(policies[Role.DECODE])
         # One policy must have chosen both: it compares what it knows of the one engine with what it knows of the other.
         self._bypassing = decode if isinstance(decode, Bypassing) and type(prefill) is type(decode) else None
@@ -48,12 +53,21 @@ class Desk:
 
     def choose(self, role: Role, asked: Prompt, refused: Sequence[Engine] = ()) -> Engine | None:
         """Choose a healthy engine that is not in `refused`, or None when there is none."""
+        if self.pool.rows is not None:
+            self.pool.rows.refresh()
         candidates = self.fleet.healthy(role)
         if refused:
             candidates = [engine for engine in candidates if engine not in refused]
         if not candidates:
             return None
-        return self.policies[role].choose(asked, candidates)
+        policy = self.policies[role]
+        if self.decisions is None:
+            return policy.choose(asked, candidates)
+        scoring = self._scoring.get(role)
+        scores = None if scoring is None else scoring.scores(asked, candidates)
+        chosen = policy.choose(asked, candidates)
+        self.decisions.add(role, policy.name, asked.key, chosen.url, candidates, scores)
+        return chosen
 
     def bypass(self, asked: Prompt, prefill: Engine, decode: Engine) -> bool:
         """Say whether the decode engine should serve the request alone."""

@@ -12,18 +12,19 @@ class Failure:
     """The end of a leg that did not succeed.
 
     `body` is an OpenAI JSON error: the engine's own where it sent one. `leg` is `prefill`, `decode` or `router`;
-    `reason` is one word for metrics.
+    `reason` is one word for metrics; `headers` are encoded lines for the client.
     """
 
     status: int
     body: bytes
     leg: str
     reason: str
+    headers: bytes = b""
 
 
-def leg_failure(status: int, leg: str, reason: str, message: str) -> Failure:
+def leg_failure(status: int, leg: str, reason: str, message: str, headers: bytes = b"") -> Failure:
     """Make a failure of the router's own wording."""
-    return Failure(status, error_body(status, message, leg), leg, reason)
+    return Failure(status, error_body(status, message, leg), leg, reason, headers)
 
 
 def engine_failure(status: int, body: bytes, headers: list[tuple[bytes, bytes]], leg: str, url: str) -> Failure:

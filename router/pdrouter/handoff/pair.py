@@ -68,7 +68,7 @@ class Served(Protocol):
 
 def no_engine(role: Role) -> Failure:
     """Tell that no engine of a role can be asked."""
-    return leg_failure(503, role, "no_engine", f"No {role} engine is healthy; see /list_workers.")
+    return leg_failure(503, role, "no_engine", f"No {role} engine is healthy; see /ready.")
 
 
 class PrefillLeg:

@@ -1,4 +1,4 @@
-"""Log lines of the form key=value that nothing from outside can break up or forge."""
+"""Log lines, as key=value or as JSON, that nothing from outside can break up or forge."""
 
 import asyncio
 import logging
@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from typing import Any
 
 import orjson
 
@@ -46,15 +47,55 @@ def request_line(record: Record, ended: float) -> str:
     return line
 
 
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)
+
+
+def request_fields(record: Record, ended: float) -> dict[str, Any]:
+    """Give what `request_line` tells, for JSON: lists stay lists and what is not known is null."""
+    sent, first = record.decode_sent_at, record.first_byte_at
+    return {
+        "request_id": record.request_id, "path": record.path, "status": record.status, "prefill": record.prefill,
+        "decode": record.decode, "prefill_ms": _milliseconds(record.prefill_seconds),
+        "decode_ttft_ms": None if first is None or sent is None else _milliseconds(first - sent),
+        "total_ms": _milliseconds(ended - record.started), "reason": record.reason or None,
+        "prompt_tokens": record.prompt_tokens, "completion_tokens": record.completion_tokens,
+        "error_leg": record.error_leg, "error": record.error_reason,
+    }  # fmt: skip
+
+
+class _JsonFormatter(logging.Formatter):
+    """The router's own messages, one JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = {"time": _stamp(record.created), "level": record.levelname, "message": record.getMessage()}
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(told).decode()
+
+
+def _stamp(now: float) -> str:
+    second = int(now)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{int((now - second) * 1000):03d}Z"
+
+
 class RequestLog:
     """Writes the lines of requests to standard error.
 
     Lines of 20 ms go out in one write: a write for each would cost more than the rest of a request's bookkeeping.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, enabled: bool) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, enabled: bool, style: str = "text") -> None:
+        """Prepare.
+
+        Args:
+            loop: tells when to write.
+            enabled: whether anything is written.
+            style: `text` or `json`.
+        """
         self._loop = loop
         self._enabled = enabled
+        self._json = style == "json"
         self._lines: list[str] = []
         self._timer: asyncio.TimerHandle | None = None
         self._second = 0
@@ -69,7 +110,12 @@ class RequestLog:
         if second != self._second:
             self._second = second
             self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        self._lines.append(f"{self._stamp}.{int((now - second) * 1000):03d}Z INFO {request_line(record, ended)}\n")
+        stamp = f"{self._stamp}.{int((now - second) * 1000):03d}Z"
+        if self._json:
+            told = {"time": stamp, "level": "INFO"} | request_fields(record, ended)
+            self._lines.append(f"{orjson.dumps(told).decode()}\n")
+        else:
+            self._lines.append(f"{stamp} INFO {request_line(record, ended)}\n")
         if self._timer is None:
             self._timer = self._loop.call_later(_FLUSH_AFTER, self.flush)
 
@@ -87,12 +133,10 @@ class RequestLog:
                 self._enabled = False  # the reader is gone; serving goes on
 
 
-def set_up(level: str) -> None:
-    """Send the router's own messages to standard error, from a level on."""
+def set_up(level: str, style: str = "text") -> None:
+    """Send the router's own messages to standard error, from a level on, as `text` or `json`."""
     setattr(logging.Formatter, "converter", time.gmtime)  # noqa: B010 -- mypyc knows no assignment to it
-    logging.basicConfig(
-        level=level.upper(),
-        format="%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    plain = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    handler.setFormatter(_JsonFormatter() if style == "json" else plain)
+    logging.basicConfig(level=level.upper(), handlers=[handler])

@@ -1,71 +1,74 @@
-"""The router's Prometheus metrics: plain numbers while requests are served, metric families when they are scraped."""
+"""The router's Prometheus metrics: plain numbers while requests are served, a page when somebody asks.
+
+Each worker process has its own numbers. A page adds up the states of all of them.
+"""
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isfinite
 from time import perf_counter
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from pdrouter.fleet.fleet import Fleet
+from pdrouter.observe import described
+from pdrouter.observe.described import Described
 from pdrouter.observe.log import RequestLog
 from pdrouter.observe.record import Record
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _BOUNDS = (*map(str, _SECONDS), "+Inf")
 
+State = dict[str, list[list[Any]]]
+"""A process's numbers by metric: rows of label values with a number last; of histograms counts and a sum."""
+
+# How rows with equal labels become one: numbers of a process add up, what each process sees of an engine does not.
+_LEAST = frozenset((described.HEALTHY.name, described.METRICS_AGE.name))
+_MOST = frozenset((described.BREAKER.name, described.SOURCE_AGE.name))
+
 
 class _Durations:
     """Counts durations in buckets."""
 
-    def __init__(self, name: str, text: str) -> None:
-        self._name = name
-        self._text = text
-        self._counts = [0] * len(_BOUNDS)
-        self._sum = 0.0
+    def __init__(self) -> None:
+        self.counts = [0] * len(_BOUNDS)
+        self.sum = 0.0
 
     def add(self, seconds: float) -> None:
-        self._counts[bisect_left(_SECONDS, seconds)] += 1
-        self._sum += seconds
-
-    def family(self) -> HistogramMetricFamily:
-        below, buckets = 0, []
-        for bound, count in zip(_BOUNDS, self._counts, strict=True):
-            below += count
-            buckets.append((bound, float(below)))
-        return HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+        self.counts[bisect_left(_SECONDS, seconds)] += 1
+        self.sum += seconds
 
 
-def _counter(
-    name: str, text: str, labels: list[str], counts: Mapping[tuple[str, str], int] | Mapping[tuple[str, int], int]
-) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, text, labels=labels)
-    for values, count in counts.items():
-        family.add_metric([str(value) for value in values], count)
-    return family
+def _rows(counts: Mapping[Any, int]) -> list[list[Any]]:
+    return [[*labels, count] for labels, count in counts.items()]
 
 
-class Metrics(Collector):
-    """All metrics of one router process."""
+class Metrics:
+    """The numbers of one router process."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, gauges: Callable[[], Iterable[tuple[Described, tuple[str, ...], float]]]) -> None:
+        """Prepare.
+
+        Args:
+            fleet: whose engines have rows.
+            gauges: gives the numbers that others keep: metric, labels, value.
+        """
         self._fleet = fleet
+        self._gauges = gauges
         self._requests: dict[tuple[str, int], int] = defaultdict(int)
         self._errors: dict[tuple[str, str], int] = defaultdict(int)
         self._pairs: dict[tuple[str, str], int] = defaultdict(int)
         self._prompt_tokens = 0
         self._completion_tokens = 0
-        self._ttft = _Durations("pd_router_ttft_seconds", "From a request's arrival to the first byte of its answer.")
-        self._handoff = _Durations(
-            "pd_router_handoff_seconds", "From the prefill answer to the first byte of decode's answer."
-        )
-        self._prefill = _Durations("pd_router_prefill_seconds", "From sending the prefill leg to its answer.")
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
+        self._duration = _Durations()
+        self._ttft = _Durations()
+        self._handoff = _Durations()
+        self._prefill = _Durations()
 
-    def finished(self, record: Record) -> None:
+    def finished(self, record: Record, ended: float) -> None:
         """Count a finished request."""
         self._requests[record.path, record.status] += 1
         if record.error_leg is not None:
@@ -75,6 +78,7 @@ class Metrics(Collector):
         else:
             for pair in record.pairs():
                 self._pairs[pair] += 1
+        self._duration.add(ended - record.started)
         first = record.first_byte_at
         if first is not None:
             self._ttft.add(first - record.started)
@@ -85,37 +89,92 @@ class Metrics(Collector):
         self._prompt_tokens += record.prompt_tokens or 0
         self._completion_tokens += record.completion_tokens or 0
 
-    def collect(self) -> Iterable[Metric]:
-        """Give all families (prometheus_client)."""
-        yield _counter(
-            "pd_router_requests", "Client requests, by path and answered status.", ["path", "status"], self._requests
-        )
-        yield _counter(
-            "pd_router_errors", "Requests that ended early, by leg at fault and why.", ["leg", "reason"], self._errors
-        )
-        yield _counter(
-            "pd_router_pairs", "Handoffs by engines; prefill is none where one engine served alone.",
-            ["prefill", "decode"], self._pairs,
-        )  # fmt: skip
-        yield self._ttft.family()
-        yield self._handoff.family()
-        yield self._prefill.family()
-        tokens = CounterMetricFamily("pd_router_tokens", "Tokens that engines' usage told.", labels=["kind"])
-        tokens.add_metric(["prompt"], self._prompt_tokens)
-        tokens.add_metric(["completion"], self._completion_tokens)
-        yield tokens
-        labels = ["engine", "role"]
-        busy = GaugeMetricFamily("pd_router_in_flight", "Requests that an engine is working on.", labels=labels)
-        healthy = GaugeMetricFamily("pd_router_engine_healthy", "1 while an engine may be chosen.", labels=labels)
+    def state(self) -> State:
+        """Give all numbers as they are now."""
+        state: State = {
+            described.REQUESTS.name: _rows(self._requests),
+            described.ERRORS.name: _rows(self._errors),
+            described.PAIRS.name: _rows(self._pairs),
+            described.TOKENS.name: [["prompt", self._prompt_tokens], ["completion", self._completion_tokens]],
+            described.WORKERS.name: [[1]],
+        }
+        for metric, durations in (
+            (described.DURATION, self._duration), (described.TTFT, self._ttft), (described.HANDOFF, self._handoff),
+            (described.PREFILL, self._prefill),
+        ):  # fmt: skip
+            state[metric.name] = [[durations.counts, durations.sum]]
+        for metric in (
+            described.LEGS, described.IN_FLIGHT, described.QUEUED_TOKENS, described.HELD_TOKENS, described.HEALTHY,
+            described.BREAKER, described.METRICS_AGE,
+        ):  # fmt: skip
+            state[metric.name] = []
         for engine in self._fleet:
-            busy.add_metric([engine.url, engine.role], engine.in_flight)
-            healthy.add_metric([engine.url, engine.role], int(engine.healthy))
-        yield busy
-        yield healthy
+            labels = [engine.url, engine.role.value]
+            state[described.LEGS.name] += [[*labels, "ok", engine.answered], [*labels, "error", engine.failed]]
+            state[described.IN_FLIGHT.name].append([*labels, engine.own_in_flight])
+            state[described.QUEUED_TOKENS.name].append([*labels, engine.own_queued])
+            state[described.HELD_TOKENS.name].append([*labels, engine.own_held])
+            state[described.HEALTHY.name].append([*labels, int(engine.healthy)])
+            state[described.BREAKER.name].append([*labels, int(self._fleet.tripped(engine))])
+            if isfinite(engine.metrics_age):
+                state[described.METRICS_AGE.name].append([*labels, engine.metrics_age])
+        for metric, values, number in self._gauges():
+            state.setdefault(metric.name, []).append([*values, number])
+        return state
 
-    def page(self) -> bytes:
-        """Give the page for Prometheus."""
-        return generate_latest(self._registry)
+
+def _merged(name: str, states: Sequence[State]) -> dict[tuple[str, ...], float]:
+    together: dict[tuple[str, ...], float] = {}
+    for state in states:
+        for *labels, number in state.get(name, ()):
+            key = tuple(map(str, labels))
+            if key not in together:
+                together[key] = number
+            elif name in _LEAST:
+                together[key] = min(together[key], number)
+            elif name in _MOST:
+                together[key] = max(together[key], number)
+            else:
+                together[key] += number
+    return together
+
+
+def _histogram(metric: Described, states: Sequence[State]) -> HistogramMetricFamily:
+    counts, total = [0] * len(_BOUNDS), 0.0
+    for state in states:
+        for more, seconds in state.get(metric.name, ()):
+            counts = [one + other for one, other in zip(counts, more, strict=True)]
+            total += seconds
+    below, buckets = 0, []
+    for bound, count in zip(_BOUNDS, counts, strict=True):
+        below += count
+        buckets.append((bound, float(below)))
+    return HistogramMetricFamily(metric.name, metric.text, buckets=buckets, sum_value=total)
+
+
+class _Families:
+    """Metric families of some states, for prometheus_client."""
+
+    def __init__(self, states: Sequence[State]) -> None:
+        self._states = states
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in described.ALL:
+            if metric.kind == "histogram":
+                yield _histogram(metric, self._states)
+                continue
+            kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+            family = kind(metric.name, metric.text, labels=list(metric.labels))
+            for labels, number in _merged(metric.name, self._states).items():
+                family.add_metric(list(labels), number)
+            yield family
+
+
+def page(states: Sequence[State]) -> bytes:
+    """Give the page for Prometheus out of the states of all processes."""
+    registry = CollectorRegistry()
+    registry.register(_Families(states))
+    return generate_latest(registry)
 
 
 class Observer:
@@ -127,5 +186,6 @@ class Observer:
 
     def finished(self, record: Record) -> None:
         """Count and log a finished request."""
-        self._metrics.finished(record)
-        self._log.write(record, perf_counter())
+        ended = perf_counter()
+        self._metrics.finished(record, ended)
+        self._log.write(record, ended)

@@ -26,28 +26,8 @@ from pdrouter.policies.choice import RoutingKey
 from pdrouter.policies.fbi_hash import fbi_hash
 
 KEY_HEADERS = (b"x-session-id", b"x-user-id", b"x-tenant-id", b"x-correlation-id", b"x-request-id", b"x-trace-id")
-_RANK = {name: rank for rank, name in enumerate(KEY_HEADERS)}
-_NONE = len(KEY_HEADERS)
 _FIELDS = (("user", "user"), ("session_id", "session"), ("user_id", "user"))
 _LONG_TEXT = 100
-
-
-def header_key(headers: Iterable[tuple[bytes, bytes]]) -> RoutingKey | None:
-    """Find the key in headers (lower-case names); of a repeated header the last one counts.
-
-    Values with anything but visible ASCII are passed over, as vllm-router passes over them.
-    """
-    best = _NONE
-    found = b""
-    for name, value in headers:
-        if name in _RANK and value and value.isascii():
-            rank = _RANK[name]
-            if rank <= best:
-                best, found = rank, value
-    if best == _NONE:
-        return None
-    source = f"header:{KEY_HEADERS[best].decode()}"
-    return RoutingKey(f"{source}:{found.decode()}", source)
 
 
 def _text(value: Any) -> str | None:
@@ -83,6 +63,38 @@ def forwarded_text_key(text: str) -> str:
     return f"request_hash:{fbi_hash(text):016x}" if len(text.encode()) > _LONG_TEXT else f"request:{text}"
 
 
-def routing_key(headers: Iterable[tuple[bytes, bytes]], body: Mapping[str, Any], raw: bytes) -> RoutingKey:
-    """Find a request's key: headers, then fields of the body, then the body's bytes."""
-    return header_key(headers) or body_key(body) or bytes_key(raw)
+class KeySources:
+    """Where a request's key is looked for."""
+
+    __slots__ = ("_names", "_none", "_rank")
+
+    def __init__(self, header: str | None = None) -> None:
+        """Prepare.
+
+        Args:
+            header: a header that goes before all others.
+        """
+        own = (header.lower().encode(),) if header is not None else ()
+        self._names = own + tuple(name for name in KEY_HEADERS if name not in own)
+        self._rank = {name: rank for rank, name in enumerate(self._names)}
+        self._none = len(self._names)
+
+    def header_key(self, headers: Iterable[tuple[bytes, bytes]]) -> RoutingKey | None:
+        """Find the key in headers (lower-case names); of a repeated header the last one counts.
+
+        Values with anything but visible ASCII are passed over, as vllm-router passes over them.
+        """
+        best, found, ranks = self._none, b"", self._rank
+        for name, value in headers:
+            if name in ranks and value and value.isascii():
+                rank = ranks[name]
+                if rank <= best:
+                    best, found = rank, value
+        if best == self._none:
+            return None
+        source = f"header:{self._names[best].decode()}"
+        return RoutingKey(f"{source}:{found.decode()}", source)
+
+    def routing_key(self, headers: Iterable[tuple[bytes, bytes]], body: Mapping[str, Any], raw: bytes) -> RoutingKey:
+        """Find a request's key: headers, then fields of the body, then the body's bytes."""
+        return self.header_key(headers) or body_key(body) or bytes_key(raw)

@@ -1,7 +1,8 @@
 """What each path does."""
 
+import asyncio
 import hmac
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import orjson
 
@@ -18,10 +19,11 @@ from pdrouter.openai.batch import choices_per_prompt, part_body
 from pdrouter.openai.errors import RequestError, error_body
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.legs import without_ticket
-from pdrouter.openai.routing_key import bytes_key, header_key, routing_key
+from pdrouter.openai.routing_key import KeySources, bytes_key
 from pdrouter.policies import RoutingKey
 from pdrouter.server.connection import ClientRequest
 from pdrouter.server.headers import forwarded, request_id
+from pdrouter.settings import Settings
 
 GENERATIONS = frozenset((COMPLETIONS, CHAT))
 _PASSED = frozenset(("/tokenize", "/detokenize", "/tokenizer_info", "/version"))
@@ -34,11 +36,13 @@ _METRICS_HEADERS = b"content-type: text/plain; version=1.0.0; charset=utf-8\r\n"
 class Routes:
     """Serves the public port."""
 
-    def __init__(self, desk: Desk, api_key: str | None, draining: Callable[[], bool]) -> None:
+    def __init__(self, desk: Desk, settings: Settings, draining: Callable[[], bool]) -> None:
         self._desk = desk
-        self._credential = f"Bearer {api_key}".encode() if api_key else None
+        self._credential = f"Bearer {settings.api_key}".encode() if settings.api_key else None
+        self._max_prompts = settings.max_prompts
+        self._keys = KeySources(settings.session_header)
         self._draining = draining
-        self._own = {"/health": self._health, "/ready": self._ready, "/list_workers": self._list_workers}
+        self._own = {"/health": self._health, "/ready": self._ready}
 
     def handle(self, request: ClientRequest) -> None:
         """Serve a request."""
@@ -46,9 +50,7 @@ class Routes:
         path = target if target in GENERATIONS else target.partition("?")[0]
         own = self._own.get(path)
         if own is not None:
-            if path == "/list_workers" and not self._allowed(request):
-                self._refuse(request, path, 401, "api_key", "The API key is missing or wrong.")
-            elif self._method(request, path, "GET"):
+            if self._method(request, path, "GET"):
                 own(request)
         elif path in GENERATIONS:
             if self._method(request, path, "POST") and self._admitted(request, path):
@@ -116,6 +118,10 @@ class Routes:
         except RequestError as error:
             self._refuse(request, path, error.status, "body", error.message)
             return
+        if asked.prompts is not None and len(asked.prompts) > self._max_prompts:
+            message = f"A request may have {self._max_prompts} prompts; this one has {len(asked.prompts)}."
+            self._refuse(request, path, 400, "prompts", message)
+            return
         record = Record(request_id(request.header(b"x-request-id")), path, generation=True)
         told = forwarded(request.headers) + _JSON_LINE
         if asked.alone is not None:
@@ -124,7 +130,7 @@ class Routes:
             self._generate_batch(request, asked, asked.prompts, record, told)
         else:
             desk = self._desk
-            key = routing_key(request.headers, asked.body, raw)
+            key = self._keys.routing_key(request.headers, asked.body, raw)
             record.reason = desk.pair_reason(key)
             relay = Relay(desk, request, record)
             way = Way(b"POST", request.target, told, record.request_id)
@@ -134,7 +140,7 @@ class Routes:
 
     def _generate_alone(self, request: ClientRequest, asked: Asked, raw: bytes, record: Record, told: bytes) -> None:
         desk = self._desk
-        key = routing_key(request.headers, asked.body, raw)
+        key = self._keys.routing_key(request.headers, asked.body, raw)
         record.reason = f"single_engine:{asked.alone}"
         relay = Relay(desk, request, record)
         way = Way(b"POST", request.target, told, record.request_id)
@@ -144,12 +150,12 @@ class Routes:
         self, request: ClientRequest, asked: Asked, prompts: list[object], record: Record, told: bytes
     ) -> None:
         desk = self._desk
-        whole = header_key(request.headers)
+        whole = self._keys.header_key(request.headers)
 
         def make(number: int, part: Part) -> Served:
             body = part_body(asked.body, prompts[number])
             bare = orjson.dumps(body)
-            key = whole or routing_key((), body, bare)
+            key = whole or self._keys.routing_key((), body, bare)
             if number == 0:
                 record.reason = f"{desk.pair_reason(key)}:batch_of_{len(prompts)}"
             way = Way(b"POST", request.target, told, f"{record.request_id}-{number}")
@@ -167,7 +173,7 @@ class Routes:
             value = request.header(name)
             if value is not None:
                 told += b"%b: %b\r\n" % (name, value)
-        key = header_key(request.headers) or self._path_key(request)
+        key = self._keys.header_key(request.headers) or self._path_key(request)
         relay = Relay(desk, request, record)
         method = b"GET" if request.method == b"HEAD" else request.method
         way = Way(method, request.target, told, record.request_id)
@@ -190,25 +196,13 @@ class Routes:
             state[role.value] = {"healthy": len(fleet.healthy(role)), "total": len(engines)}
         request.respond(200 if ready else 503, orjson.dumps(state), JSON_HEADERS)
 
-    def _list_workers(self, request: ClientRequest) -> None:
-        workers = [
-            {
-                "url": engine.url,
-                "role": engine.role.value,
-                "healthy": engine.healthy,
-                "in_flight": engine.in_flight,
-                "model": engine.model,
-            }
-            for engine in self._desk.fleet
-        ]
-        request.respond(200, orjson.dumps({"workers": workers}), JSON_HEADERS)
-
 
 class MetricsRoutes:
     """Serves the metrics port."""
 
-    def __init__(self, page: Callable[[], bytes]) -> None:
+    def __init__(self, page: Callable[[], Awaitable[bytes]]) -> None:
         self._page = page
+        self._open: set[asyncio.Task[None]] = set()
 
     def handle(self, request: ClientRequest) -> None:
         """Serve a request."""
@@ -217,4 +211,9 @@ class MetricsRoutes:
         elif request.method not in (b"GET", b"HEAD"):
             request.respond(405, error_body(405, "/metrics answers GET."), JSON_HEADERS + b"allow: GET, HEAD\r\n")
         else:
-            request.respond(200, self._page(), _METRICS_HEADERS)
+            task = asyncio.get_running_loop().create_task(self._respond(request))
+            self._open.add(task)
+            task.add_done_callback(self._open.discard)
+
+    async def _respond(self, request: ClientRequest) -> None:
+        request.respond(200, await self._page(), _METRICS_HEADERS)

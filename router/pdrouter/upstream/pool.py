@@ -4,6 +4,7 @@ import asyncio
 from typing import cast
 
 from pdrouter.fleet.engine import Engine
+from pdrouter.fleet.rows import Rows
 from pdrouter.outbox import Outbox
 from pdrouter.upstream.connection import EngineConnection, Receiver
 from pdrouter.upstream.errors import ConnectError, TooLateError, UpstreamError
@@ -39,6 +40,8 @@ class Call:
             engine.own_in_flight += 1
             engine.own_held += held
             engine.own_queued += queued
+            if pool.rows is not None:
+                pool.rows.changed(engine)
         connection = self._connection = pool.take(engine)
         if connection is None:
             self._reused = False
@@ -85,6 +88,8 @@ class Call:
             engine.own_in_flight -= 1
             engine.own_held -= self._held
             engine.own_queued -= self._queued
+            if self._pool.rows is not None:
+                self._pool.rows.changed(engine)
         self._connection = None
 
     def computed(self) -> None:
@@ -93,6 +98,8 @@ class Call:
         if self._queued:
             self.engine.own_queued -= self._queued
             self._queued = 0
+            if self._pool.rows is not None:
+                self._pool.rows.changed(self.engine)
 
     def abort(self) -> None:
         """Break it off: the receiver hears nothing more, and the engine sees its client go."""
@@ -125,10 +132,12 @@ class Pool:
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, connect_timeout: float = 3.0, idle_timeout: float = 4.0
-    ) -> None:
+        self, loop: asyncio.AbstractEventLoop, connect_timeout: float = 3.0, idle_timeout: float = 4.0,
+        rows: Rows | None = None,
+    ) -> None:  # fmt: skip
         self.loop = loop
         self.outbox = Outbox(loop)
+        self.rows = rows
         self._connect_timeout = connect_timeout
         self._idle_timeout = idle_timeout
         self._idle: dict[Engine, list[EngineConnection]] = {}

@@ -1,0 +1,79 @@
+"""Every metric of the router: its name, kind, labels and meaning, and what vllm-router calls the like.
+
+`docs/metrics.md` is generated from this table (`make docs`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """One metric. Counters get `_total` when they are shown; `like` names vllm-router's counterparts."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    text: str
+    like: tuple[str, ...] = ()
+
+
+REQUESTS = Described(
+    "pd_router_requests", "counter", ("path", "status"), "Client requests, by path and answered status.",
+    ("vllm_router_pd_requests_total",),
+)  # fmt: skip
+ERRORS = Described(
+    "pd_router_errors", "counter", ("leg", "reason"), "Requests that ended early, by leg at fault and why.",
+    ("vllm_router_pd_errors_total", "vllm_router_pd_stream_errors_total"),
+)  # fmt: skip
+PAIRS = Described(
+    "pd_router_pairs", "counter", ("prefill", "decode"),
+    "Handoffs by engines; prefill is none where one engine served alone.", ("vllm_router_pd_affinity_decisions_total",),
+)  # fmt: skip
+LEGS = Described(
+    "pd_router_legs", "counter", ("engine", "role", "outcome"),
+    "Legs that engines answered (ok) or failed (error: 5xx, cut connection, no HTTP); the breaker counts these.",
+    ("vllm_router_pd_prefill_requests_total", "vllm_router_pd_decode_requests_total",
+     "vllm_router_pd_prefill_errors_total", "vllm_router_pd_decode_errors_total"),
+)  # fmt: skip
+TOKENS = Described("pd_router_tokens", "counter", ("kind",), "Tokens that engines' usage told.")
+DURATION = Described(
+    "pd_router_request_duration_seconds", "histogram", (), "From a request's arrival to the end of its answer.",
+    ("vllm_router_pd_request_duration_seconds",),
+)  # fmt: skip
+TTFT = Described("pd_router_ttft_seconds", "histogram", (), "From a request's arrival to the first byte of its answer.")
+HANDOFF = Described(
+    "pd_router_handoff_seconds", "histogram", (), "From the prefill answer to the first byte of decode's answer.",
+    ("vllm_router_pd_decode_pending_seconds",),
+)  # fmt: skip
+PREFILL = Described("pd_router_prefill_seconds", "histogram", (), "From sending the prefill leg to its answer.")
+IN_FLIGHT = Described(
+    "pd_router_in_flight", "gauge", ("engine", "role"), "Requests that an engine is working on.",
+    ("vllm_router_pd_active_decode_requests", "vllm_router_pd_pending_decode_requests"),
+)  # fmt: skip
+QUEUED_TOKENS = Described(
+    "pd_router_queued_tokens", "gauge", ("engine", "role"),
+    "Prompt tokens that an engine still has to compute, as the policy estimates them.",
+    ("vllm_router_pd_active_prefill_tokens", "vllm_router_pd_unknown_prefill_requests"),
+)  # fmt: skip
+HELD_TOKENS = Described(
+    "pd_router_held_tokens", "gauge", ("engine", "role"), "Prompt tokens of the requests that an engine is working on.",
+    ("vllm_router_pd_prefill_occupancy",),
+)  # fmt: skip
+HEALTHY = Described("pd_router_engine_healthy", "gauge", ("engine", "role"), "1 while an engine's /health answers 200.")
+BREAKER = Described("pd_router_breaker_open", "gauge", ("engine", "role"), "1 while a failing engine is left alone.")
+METRICS_AGE = Described(
+    "pd_router_engine_metrics_age_seconds", "gauge", ("engine", "role"),
+    "How old an engine's own load figures are; absent while its /metrics are not read.",
+)  # fmt: skip
+RUNNING = Described("pd_router_requests_running", "gauge", (), "Client requests under way.")
+QUEUED = Described("pd_router_requests_queued", "gauge", (), "Client requests that wait for one of those to end.")
+SOURCE_AGE = Described(
+    "pd_router_discovery_age_seconds", "gauge", ("source",), "Seconds since a source of engines was last heard."
+)
+WORKERS = Described("pd_router_workers", "gauge", (), "Worker processes that told their figures.")
+
+ALL = (
+    REQUESTS, ERRORS, PAIRS, LEGS, TOKENS, DURATION, TTFT, HANDOFF, PREFILL, IN_FLIGHT, QUEUED_TOKENS, HELD_TOKENS,
+    HEALTHY, BREAKER, METRICS_AGE, RUNNING, QUEUED, SOURCE_AGE, WORKERS,
+)  # fmt: skip

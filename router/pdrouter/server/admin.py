@@ -1,0 +1,135 @@
+"""The admin port: engines by hand, and why engines were chosen. Never reachable through the public port."""
+
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import parse_qs
+
+import orjson
+
+from pdrouter.discovery.found import Found
+from pdrouter.fleet.engine import Role
+from pdrouter.fleet.fleet import Fleet
+from pdrouter.handoff.failure import JSON_HEADERS
+from pdrouter.observe.decisions import Decisions
+from pdrouter.openai.errors import error_body
+from pdrouter.server.connection import ClientRequest
+from pdrouter.settings import SettingsError, checked_worker
+
+_BODY = 65536
+
+
+class AdminError(Exception):
+    """A request that cannot be done; the message says why."""
+
+
+def _asked(request: ClientRequest) -> dict[str, Any]:
+    """Read fields from a JSON body or, as vllm-router's clients send them, from the query."""
+    query = request.target.partition(b"?")[2].decode("latin-1")
+    told: dict[str, Any] = {name: values[-1] for name, values in parse_qs(query).items()}
+    if request.body:
+        try:
+            body = orjson.loads(request.body)
+        except orjson.JSONDecodeError as error:
+            raise AdminError(f"The body is not valid JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise AdminError("The body must be a JSON object.")
+        told |= body
+    return told
+
+
+def _url(told: dict[str, Any]) -> str:
+    try:
+        return checked_worker(str(told.get("url", "")))
+    except SettingsError as error:
+        raise AdminError(f"{error}.") from None
+
+
+class AdminRoutes:
+    """Serves the admin port."""
+
+    def __init__(
+        self, fleet: Fleet, decisions: Decisions | None, tell: Callable[[str, dict[str, Any]], None] | None = None
+    ) -> None:
+        """Prepare.
+
+        Args:
+            fleet: whom changes go to.
+            decisions: what `/debug/routing` shows, or None when nothing is kept.
+            tell: passes a change on to the router's other processes.
+        """
+        self._fleet = fleet
+        self._decisions = decisions
+        self._tell = tell
+        self._paths: dict[bytes, tuple[bytes, Callable[[ClientRequest], object]]] = {
+            b"/list_workers": (b"GET", self._list_workers),
+            b"/add_worker": (b"POST", self._add_worker),
+            b"/remove_worker": (b"POST", self._remove_worker),
+            b"/debug/routing": (b"GET", self._routing),
+        }
+
+    def handle(self, request: ClientRequest) -> None:
+        """Serve a request."""
+        path = request.target.partition(b"?")[0]
+        method, serve = self._paths.get(path, (b"", None))
+        if serve is None:
+            known = ", ".join(name.decode() for name in self._paths)
+            request.respond(404, error_body(404, f"This port has {known}."), JSON_HEADERS)
+            return
+        if request.method != method:
+            allow = b"allow: %b\r\n" % method
+            request.respond(405, error_body(405, f"{path.decode()} answers {method.decode()}."), JSON_HEADERS + allow)
+            return
+        try:
+            body = serve(request)
+        except AdminError as error:
+            request.respond(400, error_body(400, str(error)), JSON_HEADERS)
+        else:
+            request.respond(200, orjson.dumps(body), JSON_HEADERS)
+
+    def _list_workers(self, request: ClientRequest) -> object:
+        return {"workers": [
+            {
+                "url": engine.url, "name": engine.name, "role": engine.role.value, "healthy": engine.healthy,
+                "leaving": engine.leaving, "breaker_open": self._fleet.tripped(engine), "in_flight": engine.in_flight,
+                "queued_tokens": engine.queued_tokens, "held_tokens": engine.held_tokens, "model": engine.model,
+                "waiting": engine.waiting, "running": engine.running, "kv_usage": engine.kv_usage,
+                "metrics_age": engine.metrics_age if engine.scraped_at > 0 else None,
+            }
+            for engine in self._fleet
+        ]}  # fmt: skip
+
+    def change(self, name: str, told: dict[str, Any]) -> str:
+        """Do what `/add_worker` or `/remove_worker` asks, in this process.
+
+        Raises:
+            AdminError: it cannot be done.
+        """
+        url = _url(told)
+        if name == "remove":
+            if not self._fleet.remove(url):
+                raise AdminError(f"There is no engine {url}; see /list_workers.")
+            return f"{url} is removed; what it has under way may end."
+        try:
+            role = Role(str(told.get("role") or told.get("worker_type")))
+        except ValueError:
+            raise AdminError('Say which role the engine has: "role": "prefill" or "decode".') from None
+        self._fleet.add(Found(url, url, role))
+        return f"{url} is added as {role.value}; it is chosen as soon as its /health answers."
+
+    def _change(self, name: str, request: ClientRequest) -> object:
+        told = _asked(request)
+        message = self.change(name, told)
+        if self._tell is not None:
+            self._tell(name, told)
+        return {"status": "success", "message": message}
+
+    def _add_worker(self, request: ClientRequest) -> object:
+        return self._change("add", request)
+
+    def _remove_worker(self, request: ClientRequest) -> object:
+        return self._change("remove", request)
+
+    def _routing(self, request: ClientRequest) -> object:
+        if self._decisions is None:
+            raise AdminError("Decisions are not kept; start the router with --debug-routing 128.")
+        return {"decisions": list(self._decisions.shown())}
