@@ -24,6 +24,7 @@ from pdrouter.observe.decisions import Decisions
 from pdrouter.observe.described import Described
 from pdrouter.observe.log import RequestLog, set_up
 from pdrouter.observe.metrics import Metrics, Observer, State, page
+from pdrouter.observe.traces import Traces, TracesError
 from pdrouter.policies import POLICIES, READ_METRICS, Commons
 from pdrouter.server.admin import AdminRoutes
 from pdrouter.server.limits import Limits
@@ -52,6 +53,7 @@ class Router:
 
         Raises:
             CertificateError: TLS is asked for and cannot be.
+            TracesError: traces are asked for and cannot be.
             DiscoveryError: engines are to be found where they cannot be looked for.
         """
         loop = asyncio.get_running_loop()
@@ -74,9 +76,10 @@ class Router:
             loop, settings.max_concurrent_requests, settings.queue_size, settings.queue_timeout_secs
         )
         decisions = Decisions(settings.debug_routing) if settings.debug_routing else None
+        self._traces = Traces(settings.otel_endpoint) if settings.otel_endpoint else None
         self.desk = Desk(
-            loop, self.fleet, self.pool, policies, Observer(self.metrics, self._requests), decisions, self.admission,
-            settings.kv_lease_seconds, settings.request_timeout_secs,
+            loop, self.fleet, self.pool, policies, Observer(self.metrics, self._requests), decisions, self._traces,
+            self.admission, settings.kv_lease_seconds, settings.request_timeout_secs,
         )  # fmt: skip
         self._health = Health(self.fleet, self.pool, settings.health_interval_secs, _HEALTH_TIMEOUT, settings.api_key)
         self._scrape = Scrape(self.pool, settings.scrape_interval_secs, self.rows) if scrapes and first else None
@@ -154,6 +157,8 @@ class Router:
         self.admission.deadlines.close()
         self.pool.close()
         self._requests.flush()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
 
 async def serve(settings: Settings, worker: Worker | None = None) -> None:
@@ -162,6 +167,7 @@ async def serve(settings: Settings, worker: Worker | None = None) -> None:
     Raises:
         ListenError: a port is taken.
         CertificateError: TLS is asked for and cannot be.
+        TracesError: traces are asked for and cannot be.
         DiscoveryError: engines are to be found where they cannot be looked for.
     """
     loop = asyncio.get_running_loop()
@@ -189,7 +195,7 @@ async def serve(settings: Settings, worker: Worker | None = None) -> None:
 def _serve(settings: Settings, worker: Worker | None = None) -> None:
     try:
         uvloop.run(serve(settings, worker))
-    except (ListenError, CertificateError, DiscoveryError) as error:
+    except (ListenError, CertificateError, DiscoveryError, TracesError) as error:
         exit_with(str(error), 1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

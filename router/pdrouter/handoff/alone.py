@@ -54,6 +54,7 @@ class Alone:
     def end(self) -> None:
         """Pass on the end."""
         self._call = None
+        self._way.ended(self._status)
         if self._engine is not None:
             self._desk.fleet.ended(self._engine, self._status)
         self._sink.end()
@@ -61,6 +62,7 @@ class Alone:
     def failed(self, error: UpstreamError) -> None:
         """Ask another engine when this one has not seen the request, else tell."""
         self._call = None
+        self._way.failed(error.reason)
         if self._engine is not None and not isinstance(error, ConnectError):
             self._desk.fleet.failed(self._engine, error.reason)
         if isinstance(error, ConnectError) and self._engine is not None:
@@ -76,6 +78,7 @@ class Alone:
         call, self._call = self._call, None
         if call is not None:
             call.abort()
+        self._way.failed("aborted")
 
     def pause(self) -> None:
         """Hold up the answer."""

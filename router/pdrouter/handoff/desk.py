@@ -9,6 +9,7 @@ from pdrouter.fleet.fleet import Fleet
 from pdrouter.handoff.admission import Admission
 from pdrouter.observe.decisions import Decisions
 from pdrouter.observe.metrics import Observer
+from pdrouter.observe.traces import Traces
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.generated import generated_text
 from pdrouter.policies import Bypassing, Learning, Policy, RoutingKey, Scoring
@@ -25,12 +26,13 @@ class Desk:
 
     __slots__ = (
         "_bypassing", "_learning", "_reasons", "_scoring", "admission", "chooses_late", "deadlines", "decisions",
-        "fleet", "lease", "loop", "observer", "policies", "pool",
+        "fleet", "lease", "loop", "observer", "policies", "pool", "traces",
     )  # fmt: skip
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, fleet: Fleet, pool: Pool, policies: dict[Role, Policy],
-        observer: Observer, decisions: Decisions | None, admission: Admission, lease: float, request_timeout: float,
+        observer: Observer, decisions: Decisions | None, traces: Traces | None, admission: Admission,
+        lease: float, request_timeout: float,
     ) -> None:  # fmt: skip
         self.loop = loop
         self.fleet = fleet
@@ -38,6 +40,7 @@ class Desk:
         self.policies = policies
         self.observer = observer
         self.decisions = decisions
+        self.traces = traces
         self.admission = admission
         self.lease = lease
         self.deadlines = Deadlines(loop, request_timeout)

@@ -1,17 +1,38 @@
 """A request to one engine, written out."""
 
 from pdrouter.fleet.engine import Engine
+from pdrouter.observe.traces import LegSpan, RequestSpan
 
 
 class Way:
-    """What both legs of a handoff have in common: method, path and the client's headers that go on."""
+    """What both legs of a handoff have in common: method, path, the client's headers that go on, the trace."""
 
-    __slots__ = ("_prefix", "_suffix")
+    __slots__ = ("_leg", "_prefix", "_span", "_suffix")
 
-    def __init__(self, method: bytes, target: bytes, forwarded: bytes, request_id: str) -> None:
+    def __init__(
+        self, method: bytes, target: bytes, forwarded: bytes, request_id: str, span: RequestSpan | None = None
+    ) -> None:
         self._prefix = b"%b %b HTTP/1.1\r\nhost: " % (method, target)
+        self._span = span
+        self._leg: LegSpan | None = None
         self._suffix = b"\r\nx-request-id: %b\r\n%bcontent-length: " % (request_id.encode(), forwarded)
 
     def request(self, engine: Engine, body: bytes) -> bytes:
-        """Give the whole request for an engine."""
+        """Give the whole request for an engine: a leg begins."""
+        if self._span is not None:
+            self._leg = self._span.leg(engine.role.value, engine.host, engine.port)
+            parts = (self._prefix, engine.authority, self._suffix, len(body), self._leg.headers, body)
+            return b"%b%b%b%d\r\n%b\r\n%b" % parts
         return b"%b%b%b%d\r\n\r\n%b" % (self._prefix, engine.authority, self._suffix, len(body), body)
+
+    def ended(self, status: int) -> None:
+        """The leg was answered."""
+        if self._leg is not None:
+            self._leg.ended(status)
+            self._leg = None
+
+    def failed(self, reason: str) -> None:
+        """The leg was not answered, or not to the end; nothing happens when it had ended."""
+        if self._leg is not None:
+            self._leg.failed(reason)
+            self._leg = None

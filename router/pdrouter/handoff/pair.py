@@ -237,6 +237,7 @@ class Pair:
         """Prefill has answered."""
         now = perf_counter()
         self._call = None
+        self._way.ended(status)
         self._desk.fleet.ended(engine, status)
         if self._record.prefill_seconds is None:
             self._record.prefill_seconds = now - self._began
@@ -278,6 +279,7 @@ class Pair:
     def prefill_failed(self, engine: Engine, error: UpstreamError) -> None:
         """Prefill has not answered."""
         self._call = None
+        self._way.failed(error.reason)
         if not isinstance(error, ConnectError):
             self._desk.fleet.failed(engine, error.reason)
         else:
@@ -291,6 +293,7 @@ class Pair:
     def decode_failed(self, engine: Engine, error: UpstreamError) -> None:
         """Decode has not answered to the end."""
         self._call = None
+        self._way.failed(error.reason)
         if isinstance(error, TooLateError) and self._tries < _PREFILL_TRIES:
             self.state = State.PREFILL
             self.start()
@@ -320,6 +323,7 @@ class Pair:
 
     def decode_ended(self, engine: Engine, status: int) -> None:
         """Decode has answered to the end, whatever it said."""
+        self._way.ended(status)
         self._desk.fleet.ended(engine, status)
 
     def decoded(self) -> None:
@@ -349,6 +353,7 @@ class Pair:
         call, self._call = self._call, None
         if call is not None:
             call.abort()
+        self._way.failed("aborted")
 
     def pause(self) -> None:
         """Hold up decode's answer; prefill's is needed in any case."""

@@ -178,14 +178,16 @@ def page(states: Sequence[State]) -> bytes:
 
 
 class Observer:
-    """Takes finished requests to metrics and log."""
+    """Takes finished requests to metrics, traces and log."""
 
     def __init__(self, metrics: Metrics, log: RequestLog) -> None:
         self._metrics = metrics
         self._log = log
 
     def finished(self, record: Record) -> None:
-        """Count and log a finished request."""
+        """Count and log a finished request, end its span."""
         ended = perf_counter()
         self._metrics.finished(record, ended)
+        if record.span is not None:
+            record.span.ended(record)
         self._log.write(record, ended)

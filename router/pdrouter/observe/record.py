@@ -2,6 +2,10 @@
 
 from collections.abc import Iterator
 from time import perf_counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pdrouter.observe.traces import RequestSpan
 
 
 class Record:
@@ -12,7 +16,8 @@ class Record:
 
     __slots__ = (
         "completion_tokens", "decode", "decode_sent_at", "error_leg", "error_reason", "first_byte_at", "generation",
-        "path", "prefill", "prefill_seconds", "prompt_tokens", "reason", "request_id", "started", "status", "ticket_at",
+        "path", "prefill", "prefill_seconds", "prompt_tokens", "reason", "request_id", "span", "started", "status",
+        "ticket_at",
     )  # fmt: skip
 
     def __init__(self, request_id: str, path: str, reason: str = "", generation: bool = False) -> None:
@@ -32,6 +37,7 @@ class Record:
         self.completion_tokens: int | None = None
         self.error_leg: str | None = None
         self.error_reason: str | None = None
+        self.span: RequestSpan | None = None
 
     def first_byte(self) -> None:
         """Note the first byte of an answer; later ones do not count."""

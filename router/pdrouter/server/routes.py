@@ -14,6 +14,7 @@ from pdrouter.handoff.leg import Way
 from pdrouter.handoff.pair import Pair, Served
 from pdrouter.handoff.relay import Relay
 from pdrouter.observe.record import Record
+from pdrouter.observe.traces import CONTEXT
 from pdrouter.openai.asked import CHAT, COMPLETIONS, Asked, read
 from pdrouter.openai.batch import choices_per_prompt, part_body
 from pdrouter.openai.errors import RequestError, error_body
@@ -123,7 +124,7 @@ class Routes:
             self._refuse(request, path, 400, "prompts", message)
             return
         record = Record(request_id(request.header(b"x-request-id")), path, generation=True)
-        told = forwarded(request.headers) + _JSON_LINE
+        told = self._told(request, record) + _JSON_LINE
         if asked.alone is not None:
             self._generate_alone(request, asked, raw, record, told)
         elif asked.prompts is not None:
@@ -133,17 +134,25 @@ class Routes:
             key = self._keys.routing_key(request.headers, asked.body, raw)
             record.reason = desk.pair_reason(key)
             relay = Relay(desk, request, record)
-            way = Way(b"POST", request.target, told, record.request_id)
+            way = Way(b"POST", request.target, told, record.request_id, record.span)
             relay.begin(
                 Pair(desk, way, asked.body, without_ticket(asked.body, raw), Prompt(key, asked.body), record, relay)
             )
+
+    def _told(self, request: ClientRequest, record: Record) -> bytes:
+        """Encode the client's headers that go on; when there are traces, each leg adds a trace context of its own."""
+        traces = self._desk.traces
+        if traces is None:
+            return forwarded(request.headers)
+        record.span = traces.request(request.method.decode(), record.path, request.headers)
+        return forwarded(header for header in request.headers if header[0] not in CONTEXT)
 
     def _generate_alone(self, request: ClientRequest, asked: Asked, raw: bytes, record: Record, told: bytes) -> None:
         desk = self._desk
         key = self._keys.routing_key(request.headers, asked.body, raw)
         record.reason = f"single_engine:{asked.alone}"
         relay = Relay(desk, request, record)
-        way = Way(b"POST", request.target, told, record.request_id)
+        way = Way(b"POST", request.target, told, record.request_id, record.span)
         relay.begin(Alone(desk, way, without_ticket(asked.body, raw), Prompt(key, asked.body), record, relay))
 
     def _generate_batch(
@@ -158,7 +167,7 @@ class Routes:
             key = whole or self._keys.routing_key((), body, bare)
             if number == 0:
                 record.reason = f"{desk.pair_reason(key)}:batch_of_{len(prompts)}"
-            way = Way(b"POST", request.target, told, f"{record.request_id}-{number}")
+            way = Way(b"POST", request.target, told, f"{record.request_id}-{number}", record.span)
             return Pair(desk, way, body, bare, Prompt(key, body), record, part)
 
         Batch(desk, request, record, len(prompts), choices_per_prompt(asked.body), asked.stream, make).run()
@@ -168,7 +177,7 @@ class Routes:
     def _pass_on(self, request: ClientRequest, path: str) -> None:
         desk = self._desk
         record = Record(request_id(request.header(b"x-request-id")), self._label(path), "single_engine:path")
-        told = forwarded(request.headers)
+        told = self._told(request, record)
         for name in (b"content-type", b"accept"):
             value = request.header(name)
             if value is not None:
@@ -176,7 +185,7 @@ class Routes:
         key = self._keys.header_key(request.headers) or self._path_key(request)
         relay = Relay(desk, request, record)
         method = b"GET" if request.method == b"HEAD" else request.method
-        way = Way(method, request.target, told, record.request_id)
+        way = Way(method, request.target, told, record.request_id, record.span)
         relay.begin(Alone(desk, way, request.body, Prompt(key, {}), record, relay))
 
     @staticmethod
