@@ -50,7 +50,7 @@ compiled: setup ## The router compiled by mypyc, in .build/router (half a minute
 bench-router: setup ## CPU, latency and memory of the router beside vllm-router and nginx (10 minutes; REPORT=docs/performance.md writes the table there)
 	@$(BIN)/python bench/router/run.py $(if $(REPORT),--report $(REPORT))
 
-docs: setup ## Write docs/reference.md from the programs' own help
+docs: setup ## Write docs/reference.md and docs/metrics.md from the programs themselves
 	@$(BIN)/python scripts/reference.py
 
 clean: ## Remove the virtual environment and caches

@@ -1,11 +1,16 @@
-"""Write docs/reference.md out of the programs' own `--help`; `--check` says whether it is up to date."""
+"""Write docs/reference.md out of the programs' own `--help` and docs/metrics.md out of the router's own table.
+
+`--check` says whether they are up to date.
+"""
 
 import os
 import pathlib
 import subprocess
 import sys
 
-PATH = pathlib.Path(__file__).parent.parent / "docs/reference.md"
+from pdrouter.observe import described
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
 COMMANDS = ("deploy", "status", "logs", "routing", "bench", "cleanup")
 CALLS = [
     ["pdctl"], *(["pdctl", command] for command in COMMANDS), ["pdrouter"], ["pdsim.engine"],
@@ -25,8 +30,8 @@ def shown(module: str, *arguments: str) -> str:
     return "\n".join(lines).replace("python -m pdctl", "pdctl")
 
 
-def page() -> str:
-    """Give the whole page."""
+def reference() -> str:
+    """Give the page of all commands."""
     parts = ["# Reference\n\nGenerated from the programs' own `--help` by `make docs`; do not edit.\n"]
     for module, *arguments in CALLS:
         title = " ".join([PROGRAMS[module], *arguments])
@@ -34,12 +39,36 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def _told(metric: described.Described) -> str:
+    return f"{metric.name}_total" if metric.kind == "counter" else metric.name
+
+
+def metrics() -> str:
+    """Give the page of the router's metrics."""
+    lines = [
+        "# Metrics of the router", "",
+        "Generated from `pdrouter/observe/described.py` by `make docs`; do not edit.",
+        "The page is `/metrics` on port 29000.",
+        "With several workers any of them answers for all: numbers are added up.", "",
+        "| Metric | Kind | Labels | Meaning |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for metric in described.ALL:
+        labels = ", ".join(f"`{label}`" for label in metric.labels) or "none"
+        lines.append(f"| `{_told(metric)}` | {metric.kind} | {labels} | {metric.text} |")
+    lines += ["", "## Coming from vllm-router", "", "| vllm-router 0.1.17 | here |", "|---|---|"]
+    counterparts = {like: metric for metric in described.ALL for like in metric.like}
+    for like, metric in sorted(counterparts.items()):
+        lines.append(f"| `{like}` | `{_told(metric)}` |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     """Write or check."""
-    told = page()
+    pages = {DOCS / "reference.md": reference(), DOCS / "metrics.md": metrics()}
     if "--check" in sys.argv:
-        return 0 if PATH.exists() and PATH.read_text() == told else 1
-    PATH.write_text(told)
+        return int(any(not path.exists() or path.read_text() != told for path, told in pages.items()))
+    for path, told in pages.items():
+        path.write_text(told)
     return 0
 
 

@@ -18,8 +18,9 @@ class Engine:
 
     `name` is its identity for hash policies: the URL, or the pod's name, which outlives a restart. `models` maps each
     model name that the engine serves to what it loads (vLLM's `root`): aliases of one model share it, an adapter has
-    its own. Empty until the engine was asked. `failures` counts
-    legs that failed in a row (`pdrouter.fleet.breaker`), `answered` and `failed` all legs.
+    its own. Empty until the engine was asked. `failures` counts legs that failed in a row (`pdrouter.fleet.breaker`),
+    `answered` and `failed` all legs. `cached` and `uncached` add up the tokens of the prompts it was given, as the
+    policy predicted.
 
     The load row: `in_flight`, `queued_tokens` and `held_tokens` are what this process gave it to do, `elsewhere` what
     the router's other processes did (`pdrouter.fleet.rows`), `waiting`, `running` and `kv_usage` what its metrics said
@@ -27,9 +28,9 @@ class Engine:
     """
 
     __slots__ = (
-        "answered", "authority", "elsewhere", "failed", "failures", "healthy", "host", "kv_tokens", "kv_usage",
-        "leaving", "models", "name", "own_held", "own_in_flight", "own_queued", "port", "role", "running",
-        "scraped_at", "url", "waiting",
+        "answered", "authority", "cached", "elsewhere", "failed", "failures", "healthy", "host", "kv_tokens",
+        "kv_usage", "leaving", "models", "name", "own_held", "own_in_flight", "own_queued", "port", "role", "running",
+        "scraped_at", "uncached", "url", "waiting",
     )  # fmt: skip
 
     def __init__(self, url: str, role: Role, name: str | None = None) -> None:
@@ -43,6 +44,7 @@ class Engine:
         self.healthy = False
         self.leaving = False
         self.failures = self.answered = self.failed = 0
+        self.cached = self.uncached = 0
         self.models: dict[str, str] = {}
         self.own_in_flight = self.own_queued = self.own_held = 0
         self.elsewhere = (0, 0, 0)

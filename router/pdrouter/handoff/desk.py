@@ -79,10 +79,12 @@ class Desk:
     def routed(self, role: Role, asked: Prompt, engine: Engine) -> int:
         """Let the policy know where a request goes; give how many tokens the engine has to compute for it."""
         learning = self._learning.get(role)
-        if learning is None:
-            return asked.tokens
-        uncached = learning.uncached(asked, engine)
-        learning.routed(asked, engine)
+        uncached = asked.tokens
+        if learning is not None:
+            uncached = learning.uncached(asked, engine)
+            learning.routed(asked, engine)
+        engine.uncached += uncached
+        engine.cached += asked.tokens - uncached
         return uncached
 
     def learns(self, role: Role) -> bool:

@@ -23,6 +23,7 @@ from pdrouter.upstream.errors import ConnectError, TooLateError, UpstreamError
 from pdrouter.upstream.pool import Call
 
 _PREFILL_TRIES = 2
+_LARGEST = 64 * 1024 * 1024  # bytes of an answer that the router has to hold
 _LEARNT = 512 * 1024  # bytes of an answer: reading a longer one for the policy would hold up other requests
 
 
@@ -74,7 +75,7 @@ def no_engine(role: Role) -> Failure:
 class PrefillLeg:
     """Collects the prefill engine's answer."""
 
-    __slots__ = ("_chunks", "_headers", "_pair", "_status", "engine")
+    __slots__ = ("_chunks", "_headers", "_pair", "_size", "_status", "engine")
 
     def __init__(self, pair: "Pair", engine: Engine) -> None:
         self.engine = engine
@@ -82,6 +83,7 @@ class PrefillLeg:
         self._status = 0
         self._headers: Headers = []
         self._chunks: list[bytes] = []
+        self._size = 0
 
     def head(self, status: int, headers: Headers) -> None:
         """Take the head."""
@@ -89,6 +91,10 @@ class PrefillLeg:
 
     def body(self, data: bytes) -> None:
         """Take a piece of the body."""
+        self._size += len(data)
+        if self._size > _LARGEST:
+            self._pair.prefill_too_large(self.engine)
+            return
         self._chunks.append(data)
 
     def end(self) -> None:
@@ -206,6 +212,8 @@ class Pair:
         self._note(prefill, decode)
         self._tries += 1
         self._began = perf_counter()
+        if self._record.prefill_sent_at is None:
+            self._record.prefill_sent_at = self._began
         request = self._way.request(prefill, prefill_leg(self._body))
         tokens = self._asked.tokens
         queued = desk.routed(Role.PREFILL, self._asked, prefill)
@@ -275,6 +283,13 @@ class Pair:
         self._call = call
         if self._paused:
             call.pause()
+
+    def prefill_too_large(self, engine: Engine) -> None:
+        """Prefill answers more than can be held."""
+        self.abort()
+        self.state = State.PREFILL
+        message = f"The answer of the prefill engine {engine.url} is larger than {_LARGEST} bytes."
+        self.settle_failed(leg_failure(502, Role.PREFILL, "body_over_limit", message))
 
     def prefill_failed(self, engine: Engine, error: UpstreamError) -> None:
         """Prefill has not answered."""

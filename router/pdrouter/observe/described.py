@@ -24,11 +24,11 @@ REQUESTS = Described(
 )  # fmt: skip
 ERRORS = Described(
     "pd_router_errors", "counter", ("leg", "reason"), "Requests that ended early, by leg at fault and why.",
-    ("vllm_router_pd_errors_total", "vllm_router_pd_stream_errors_total"),
+    ("vllm_router_pd_errors_total", "vllm_router_pd_stream_errors_total", "vllm_router_pd_body_over_limit_total"),
 )  # fmt: skip
 PAIRS = Described(
     "pd_router_pairs", "counter", ("prefill", "decode"),
-    "Handoffs by engines; prefill is none where one engine served alone.", ("vllm_router_pd_affinity_decisions_total",),
+    "Handoffs by engines; prefill is none where one engine served alone.",
 )  # fmt: skip
 LEGS = Described(
     "pd_router_legs", "counter", ("engine", "role", "outcome"),
@@ -36,10 +36,25 @@ LEGS = Described(
     ("vllm_router_pd_prefill_requests_total", "vllm_router_pd_decode_requests_total",
      "vllm_router_pd_prefill_errors_total", "vllm_router_pd_decode_errors_total"),
 )  # fmt: skip
+DECISIONS = Described(
+    "pd_router_decisions", "counter", ("reason",),
+    "Requests by why their engines were chosen: the policies and where the routing key was found.",
+    ("vllm_router_pd_prefill_decisions_total", "vllm_router_pd_affinity_decisions_total"),
+)  # fmt: skip
+PREDICTED = Described(
+    "pd_router_predicted_tokens", "counter", ("engine", "state"),
+    "Prompt tokens sent to prefill engines, as the policy predicts: cached there, or uncached and to be computed.",
+    ("vllm_router_pd_credited_prefix_tokens_total", "vllm_router_pd_new_prefill_tokens"),
+)  # fmt: skip
 TOKENS = Described("pd_router_tokens", "counter", ("kind",), "Tokens that engines' usage told.")
 DURATION = Described(
     "pd_router_request_duration_seconds", "histogram", (), "From a request's arrival to the end of its answer.",
     ("vllm_router_pd_request_duration_seconds",),
+)  # fmt: skip
+ROUTING = Described(
+    "pd_router_routing_seconds", "histogram", (),
+    "From a request's arrival to sending its prefill leg: reading it, waiting in the queue, choosing engines.",
+    ("vllm_router_pd_kv_prepare_seconds",),
 )  # fmt: skip
 TTFT = Described("pd_router_ttft_seconds", "histogram", (), "From a request's arrival to the first byte of its answer.")
 HANDOFF = Described(
@@ -49,7 +64,8 @@ HANDOFF = Described(
 PREFILL = Described("pd_router_prefill_seconds", "histogram", (), "From sending the prefill leg to its answer.")
 IN_FLIGHT = Described(
     "pd_router_in_flight", "gauge", ("engine", "role"), "Requests that an engine is working on.",
-    ("vllm_router_pd_active_decode_requests", "vllm_router_pd_pending_decode_requests"),
+    ("vllm_router_pd_active_decode_requests", "vllm_router_pd_pending_decode_requests",
+     "vllm_router_pd_prefill_occupancy"),
 )  # fmt: skip
 QUEUED_TOKENS = Described(
     "pd_router_queued_tokens", "gauge", ("engine", "role"),
@@ -58,13 +74,13 @@ QUEUED_TOKENS = Described(
 )  # fmt: skip
 HELD_TOKENS = Described(
     "pd_router_held_tokens", "gauge", ("engine", "role"), "Prompt tokens of the requests that an engine is working on.",
-    ("vllm_router_pd_prefill_occupancy",),
 )  # fmt: skip
 HEALTHY = Described("pd_router_engine_healthy", "gauge", ("engine", "role"), "1 while an engine's /health answers 200.")
 BREAKER = Described("pd_router_breaker_open", "gauge", ("engine", "role"), "1 while a failing engine is left alone.")
 METRICS_AGE = Described(
     "pd_router_engine_metrics_age_seconds", "gauge", ("engine", "role"),
     "How old an engine's own load figures are; absent while its /metrics are not read.",
+    ("vllm_router_pd_identity_verified",),
 )  # fmt: skip
 RUNNING = Described("pd_router_requests_running", "gauge", (), "Client requests under way.")
 QUEUED = Described("pd_router_requests_queued", "gauge", (), "Client requests that wait for one of those to end.")
@@ -74,6 +90,6 @@ SOURCE_AGE = Described(
 WORKERS = Described("pd_router_workers", "gauge", (), "Worker processes that told their figures.")
 
 ALL = (
-    REQUESTS, ERRORS, PAIRS, LEGS, TOKENS, DURATION, TTFT, HANDOFF, PREFILL, IN_FLIGHT, QUEUED_TOKENS, HELD_TOKENS,
-    HEALTHY, BREAKER, METRICS_AGE, RUNNING, QUEUED, SOURCE_AGE, WORKERS,
+    REQUESTS, ERRORS, DECISIONS, PAIRS, LEGS, PREDICTED, TOKENS, DURATION, ROUTING, TTFT, HANDOFF, PREFILL, IN_FLIGHT,
+    QUEUED_TOKENS, HELD_TOKENS, HEALTHY, BREAKER, METRICS_AGE, RUNNING, QUEUED, SOURCE_AGE, WORKERS,
 )  # fmt: skip

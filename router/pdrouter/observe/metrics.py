@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from pdrouter.fleet.engine import Role
 from pdrouter.fleet.fleet import Fleet
 from pdrouter.observe import described
 from pdrouter.observe.described import Described
@@ -60,10 +61,12 @@ class Metrics:
         self._gauges = gauges
         self._requests: dict[tuple[str, int], int] = defaultdict(int)
         self._errors: dict[tuple[str, str], int] = defaultdict(int)
+        self._decisions: dict[str, int] = defaultdict(int)
         self._pairs: dict[tuple[str, str], int] = defaultdict(int)
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._duration = _Durations()
+        self._routing = _Durations()
         self._ttft = _Durations()
         self._handoff = _Durations()
         self._prefill = _Durations()
@@ -74,8 +77,10 @@ class Metrics:
         if record.error_leg is not None:
             self._errors[record.error_leg, record.error_reason or ""] += 1
         if len(record.decode) == 1 and len(record.prefill) == 1:
+            self._decisions[record.reason] += 1
             self._pairs[record.prefill[0], record.decode[0]] += 1
         else:
+            self._decisions[record.reason.partition(":batch_of_")[0]] += 1
             for pair in record.pairs():
                 self._pairs[pair] += 1
         self._duration.add(ended - record.started)
@@ -84,6 +89,8 @@ class Metrics:
             self._ttft.add(first - record.started)
             if record.ticket_at is not None:
                 self._handoff.add(first - record.ticket_at)
+        if record.prefill_sent_at is not None:
+            self._routing.add(record.prefill_sent_at - record.started)
         if record.prefill_seconds is not None:
             self._prefill.add(record.prefill_seconds)
         self._prompt_tokens += record.prompt_tokens or 0
@@ -95,22 +102,26 @@ class Metrics:
             described.REQUESTS.name: _rows(self._requests),
             described.ERRORS.name: _rows(self._errors),
             described.PAIRS.name: _rows(self._pairs),
+            described.DECISIONS.name: [[reason, count] for reason, count in self._decisions.items()],
             described.TOKENS.name: [["prompt", self._prompt_tokens], ["completion", self._completion_tokens]],
             described.WORKERS.name: [[1]],
         }
         for metric, durations in (
-            (described.DURATION, self._duration), (described.TTFT, self._ttft), (described.HANDOFF, self._handoff),
-            (described.PREFILL, self._prefill),
+            (described.DURATION, self._duration), (described.ROUTING, self._routing), (described.TTFT, self._ttft),
+            (described.HANDOFF, self._handoff), (described.PREFILL, self._prefill),
         ):  # fmt: skip
             state[metric.name] = [[durations.counts, durations.sum]]
         for metric in (
-            described.LEGS, described.IN_FLIGHT, described.QUEUED_TOKENS, described.HELD_TOKENS, described.HEALTHY,
-            described.BREAKER, described.METRICS_AGE,
+            described.LEGS, described.PREDICTED, described.IN_FLIGHT, described.QUEUED_TOKENS, described.HELD_TOKENS,
+            described.HEALTHY, described.BREAKER, described.METRICS_AGE,
         ):  # fmt: skip
             state[metric.name] = []
         for engine in self._fleet:
             labels = [engine.url, engine.role.value]
             state[described.LEGS.name] += [[*labels, "ok", engine.answered], [*labels, "error", engine.failed]]
+            if engine.role is Role.PREFILL:
+                predicted = (("cached", engine.cached), ("uncached", engine.uncached))
+                state[described.PREDICTED.name] += [[engine.url, kind, tokens] for kind, tokens in predicted]
             state[described.IN_FLIGHT.name].append([*labels, engine.own_in_flight])
             state[described.QUEUED_TOKENS.name].append([*labels, engine.own_queued])
             state[described.HELD_TOKENS.name].append([*labels, engine.own_held])

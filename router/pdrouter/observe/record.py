@@ -16,8 +16,8 @@ class Record:
 
     __slots__ = (
         "completion_tokens", "decode", "decode_sent_at", "error_leg", "error_reason", "first_byte_at", "generation",
-        "path", "prefill", "prefill_seconds", "prompt_tokens", "reason", "request_id", "span", "started", "status",
-        "ticket_at",
+        "path", "prefill", "prefill_seconds", "prefill_sent_at", "prompt_tokens", "reason", "request_id",
+        "span", "started", "status", "ticket_at",
     )  # fmt: skip
 
     def __init__(self, request_id: str, path: str, reason: str = "", generation: bool = False) -> None:
@@ -29,6 +29,7 @@ class Record:
         self.status = 0
         self.prefill: list[str] = []
         self.decode: list[str] = []
+        self.prefill_sent_at: float | None = None
         self.prefill_seconds: float | None = None
         self.ticket_at: float | None = None
         self.decode_sent_at: float | None = None
