@@ -4,19 +4,27 @@ Each worker has a table of its own and writes only there; it reads the tables of
 the rows of a worker that died can be cleared as a whole. A number has eight bytes and is written at once, so a reader
 sees the old or the new value. Rows are found by a hash of role and name, for workers may know engines in different
 orders.
+
+An engine keeps its row while it is there. Where rows come and go, the table's generation is odd; a reader that sees it
+odd or changed reads again, so it never takes one engine's numbers for another's.
 """
 
 import asyncio
 import mmap
 from hashlib import blake2b
+from heapq import heappop, heappush
 from time import monotonic
 
 from pdrouter.fleet.engine import Engine
 
 ENGINES = 1024  # rows of a table; engines beyond that are balanced by each worker's own load only
+_GENERATION, _ROWS, _FIRST = range(3)
 _KEY, _IN_FLIGHT, _QUEUED, _HELD, _WAITING, _RUNNING, _USAGE, _KV_TOKENS, _SCRAPED, _FIELDS = range(10)
 _MILLION = 1_000_000
 _FRESH = 0.001  # seconds for which what was read of the others is used
+_TRIES = 4
+_NOTHING = (0, 0, 0)
+_MOST = 1 << 62
 
 
 def _key(engine: Engine) -> int:
@@ -24,24 +32,49 @@ def _key(engine: Engine) -> int:
     return int.from_bytes(blake2b(told, digest_size=7).digest(), "big") + 1
 
 
+def _whole(number: float) -> int:
+    """What an engine's metrics say may be anything, NaN and infinity too."""
+    return int(number) if 0 <= number < _MOST else 0
+
+
 class Table:
     """The memory: one table for each worker. Made before the workers are forked."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._size = 1 + ENGINES * _FIELDS
+        self._size = _FIRST + ENGINES * _FIELDS
         self._memory = mmap.mmap(-1, 8 * self._size * workers)
         self.numbers = memoryview(self._memory).cast("q")
 
     def start(self, worker: int) -> int:
-        """Where a worker's table begins: its count of rows."""
+        """Where a worker's table begins: its generation, its count of rows, its rows."""
         return worker * self._size
+
+    def begin(self, worker: int) -> None:
+        """Rows are going to come or go."""
+        self.numbers[self.start(worker) + _GENERATION] |= 1
+
+    def end(self, worker: int) -> None:
+        """Rows may be read again."""
+        self.numbers[self.start(worker) + _GENERATION] += 1
+
+    def rows(self, worker: int) -> list[int] | None:
+        """Give the numbers of a worker's rows, or None while they come and go (or it died in the middle of that)."""
+        start, numbers = self.start(worker), self.numbers
+        for _ in range(_TRIES):
+            generation = numbers[start + _GENERATION]
+            first = start + _FIRST
+            values = numbers[first : first + numbers[start + _ROWS] * _FIELDS].tolist()
+            if not generation & 1 and numbers[start + _GENERATION] == generation:
+                return values
+        return None
 
     def clear(self, worker: int) -> None:
         """Forget what a worker that is gone had under way."""
         start = self.start(worker)
-        self.numbers[start] = 0
-        self.numbers[start + 1 : start + self._size] = memoryview(bytes(8 * (self._size - 1))).cast("q")
+        self.begin(worker)
+        self.numbers[start + _ROWS : start + self._size] = memoryview(bytes(8 * (self._size - _ROWS))).cast("q")
+        self.end(worker)
 
 
 class Rows:
@@ -61,32 +94,54 @@ class Rows:
         self._worker = worker
         self._scrapes = scrapes
         self._places: dict[Engine, int] = {}
+        self._free = list(range(ENGINES))
+        self._without: dict[Engine, None] = {}
         self._by_key: dict[int, Engine] = {}
         self._dirty: set[Engine] = set()
+        self._seen: list[list[int]] = [[] for _ in range(table.workers)]
         self._read = 0.0
         table.clear(worker)
 
     def joined(self, engine: Engine) -> None:
-        """Give it a row."""
+        """Give it a row, as long as there are any."""
         self._by_key[_key(engine)] = engine
-        self._lay_out()
+        if self._free:
+            self._place(engine)
+        else:
+            self._without[engine] = None
 
     def left(self, engine: Engine) -> None:
         """Take its row back; requests that it still has are not counted any more."""
-        if self._by_key.get(_key(engine)) is engine:
-            del self._by_key[_key(engine)]
-        self._lay_out()
-
-    def _lay_out(self) -> None:
+        key = _key(engine)
+        if self._by_key.get(key) is engine:
+            del self._by_key[key]
+        engine.elsewhere = _NOTHING
+        self._without.pop(engine, None)
+        at = self._places.pop(engine, -1)
+        if at < 0:
+            return
         start, numbers = self._table.start(self._worker), self._table.numbers
-        numbers[start] = 0
-        self._places = {}
-        for place, (key, engine) in enumerate(list(self._by_key.items())[:ENGINES]):
-            at = start + 1 + place * _FIELDS
-            self._places[engine] = at
-            numbers[at + _KEY] = key
-            self._write(engine, at)
-        numbers[start] = len(self._places)
+        self._table.begin(self._worker)
+        for field in range(_FIELDS):
+            numbers[at + field] = 0
+        last = max(self._places.values(), default=start + _FIRST - _FIELDS)
+        numbers[start + _ROWS] = (last - start - _FIRST) // _FIELDS + 1
+        self._table.end(self._worker)
+        heappush(self._free, (at - start - _FIRST) // _FIELDS)
+        if self._without:
+            one = next(iter(self._without))
+            del self._without[one]
+            self._place(one)
+
+    def _place(self, engine: Engine) -> None:
+        place = heappop(self._free)
+        start, numbers = self._table.start(self._worker), self._table.numbers
+        at = self._places[engine] = start + _FIRST + place * _FIELDS
+        self._table.begin(self._worker)
+        numbers[at + _KEY] = _key(engine)
+        self._write(engine, at)
+        numbers[start + _ROWS] = max(numbers[start + _ROWS], place + 1)
+        self._table.end(self._worker)
 
     def changed(self, engine: Engine) -> None:
         """Publish an engine's row at the end of this turn of the loop."""
@@ -107,10 +162,10 @@ class Rows:
         numbers[at + _QUEUED] = engine.own_queued
         numbers[at + _HELD] = engine.own_held
         if self._scrapes and engine.scraped_at > 0:
-            numbers[at + _WAITING] = int(engine.waiting)
-            numbers[at + _RUNNING] = int(engine.running)
-            numbers[at + _USAGE] = int(engine.kv_usage * _MILLION)
-            numbers[at + _KV_TOKENS] = engine.kv_tokens
+            numbers[at + _WAITING] = _whole(engine.waiting)
+            numbers[at + _RUNNING] = _whole(engine.running)
+            numbers[at + _USAGE] = _whole(engine.kv_usage * _MILLION)
+            numbers[at + _KV_TOKENS] = _whole(engine.kv_tokens)
             numbers[at + _SCRAPED] = int(engine.scraped_at * _MILLION)
 
     def refresh(self) -> None:
@@ -119,29 +174,31 @@ class Rows:
         if now - self._read < _FRESH:
             return
         self._read = now
-        sums: dict[Engine, list[int]] = {}
+        for engine in self._by_key.values():
+            engine.elsewhere = _NOTHING
         for worker in range(self._table.workers):
             if worker != self._worker:
-                self._add(worker, sums)
-        for engine in self._places:
-            told = sums.get(engine)
-            engine.elsewhere = (told[0], told[1], told[2]) if told is not None else (0, 0, 0)
+                values = self._table.rows(worker)
+                if values is not None:
+                    self._seen[worker] = values
+                self._add(self._seen[worker])
 
-    def _add(self, worker: int, sums: dict[Engine, list[int]]) -> None:
-        start, numbers = self._table.start(worker), self._table.numbers
-        rows = numbers[start]
-        values = numbers[start + 1 : start + 1 + rows * _FIELDS].tolist()
+    def _add(self, values: list[int]) -> None:
         for at in range(0, len(values), _FIELDS):
-            engine = self._by_key.get(values[at])
+            in_flight, scraped = values[at + _IN_FLIGHT], values[at + _SCRAPED]
+            if not in_flight and not scraped:
+                continue
+            engine = self._by_key.get(values[at + _KEY])
             if engine is None:
                 continue
-            told = sums.setdefault(engine, [0, 0, 0])
-            told[0] += values[at + _IN_FLIGHT]
-            told[1] += values[at + _QUEUED]
-            told[2] += values[at + _HELD]
-            scraped = values[at + _SCRAPED] / _MILLION
-            if not self._scrapes and scraped > engine.scraped_at:
+            if in_flight:
+                told = engine.elsewhere
+                engine.elsewhere = (
+                    told[0] + in_flight, told[1] + values[at + _QUEUED], told[2] + values[at + _HELD],
+                )  # fmt: skip
+            # The same reading is taken again: it may have been half written when it was read before.
+            if not self._scrapes and scraped / _MILLION >= engine.scraped_at:
                 engine.waiting, engine.running = float(values[at + _WAITING]), float(values[at + _RUNNING])
                 engine.kv_usage = values[at + _USAGE] / _MILLION
                 engine.kv_tokens = values[at + _KV_TOKENS]
-                engine.scraped_at = scraped
+                engine.scraped_at = scraped / _MILLION
