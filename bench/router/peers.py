@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -70,9 +71,11 @@ def prepare() -> None:
 class Program(AbstractContextManager["Program"]):
     """A process pinned to one core, ended when the block ends."""
 
-    def __init__(self, core: str, command: Sequence[str], port: int, label: str) -> None:
+    def __init__(self, core: str, command: Sequence[str], port: int, label: str, ready: str | None = None) -> None:
+        """Start it and wait until it listens, and until the path `ready` answers 200 where one is given."""
         self.port = port
         self.label = label
+        self._ready = ready
         self._log = (BUILD / f"{label}.log").open("wb")
         self._process = subprocess.Popen(
             ["taskset", "-c", core, *command], stdout=self._log, stderr=self._log, start_new_session=True
@@ -85,11 +88,20 @@ class Program(AbstractContextManager["Program"]):
             if self._process.poll() is not None:
                 break
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0 and self._answers():
                     return
             time.sleep(0.05)
         self.stop()
         raise NotPossibleError(f"{self.label} did not start; see {BUILD / f'{self.label}.log'}")
+
+    def _answers(self) -> bool:
+        if self._ready is None:
+            return True
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{self._ready}", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -157,7 +169,9 @@ def ours(
 ) -> Program:
     """Start our router, compiled, with its default settings: metrics, request log and health checks on."""
     command = [str(ROOT / ".build/router/venv/bin/pd-router"), *_pairs(count)]
-    return Program(core, [*command, "--port", str(port), "--prometheus-port", str(port + 500), *flags], port, label)
+    return Program(
+        core, [*command, "--port", str(port), "--prometheus-port", str(port + 500), *flags], port, label, "/ready"
+    )
 
 
 def vllm_router(port: int = 9303) -> Program:

@@ -160,7 +160,7 @@ def _features(rounds: int) -> list[Figure]:
             _say(f"cost of log and routing record, round {number + 1} of {rounds}")
             for label, flags in variants.items():
                 with peers.ours(*flags, label=label) as router:
-                    measure.requests(router, False, 0.5)
+                    measure.requests(router, False, 1.0)
                     cost.add(label, measure.requests(router, False)["cpu_us"])
     return [cost]
 
@@ -246,8 +246,8 @@ def main() -> None:
 
 
 def _page() -> Path:
-    """Give a metrics page as large as a busy vLLM engine's."""
-    return peers.HERE / "metrics.txt"
+    """Give a metrics page of a real vLLM 0.32 engine."""
+    return peers.ROOT / "tests" / "router" / "data" / "vllm_metrics.txt"
 
 
 if __name__ == "__main__":

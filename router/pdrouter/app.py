@@ -12,13 +12,15 @@ import uvloop
 
 from pdrouter.discovery.found import Source
 from pdrouter.discovery.sources import DiscoveryError, sources
-from pdrouter.fleet.engine import Role
+from pdrouter.fleet.engine import Engine, Role
 from pdrouter.fleet.fleet import Fleet
 from pdrouter.fleet.health import Health
 from pdrouter.fleet.rows import Rows
 from pdrouter.fleet.scrape import Scrape
+from pdrouter.fleet.stall import Stall
 from pdrouter.handoff.admission import Admission
-from pdrouter.handoff.desk import Desk
+from pdrouter.handoff.canary import Canary
+from pdrouter.handoff.desk import Desk, Rules
 from pdrouter.observe import described
 from pdrouter.observe.decisions import Decisions
 from pdrouter.observe.described import Described
@@ -32,6 +34,7 @@ from pdrouter.server.listener import Listener, ListenError
 from pdrouter.server.routes import MetricsRoutes, Routes
 from pdrouter.server.tls import Certificate, CertificateError
 from pdrouter.settings import Settings, SettingsError, exit_with, load
+from pdrouter.upstream.errors import StalledError
 from pdrouter.upstream.pool import Pool
 from pdrouter.workers import Siblings, Worker, Workers
 
@@ -79,15 +82,18 @@ class Router:
         self._traces = Traces(settings.otel_endpoint) if settings.otel_endpoint else None
         self.desk = Desk(
             loop, self.fleet, self.pool, policies, Observer(self.metrics, self._requests), decisions, self._traces,
-            self.admission, settings.kv_lease_seconds, settings.request_timeout_secs,
+            self.admission, _rules(settings),
         )  # fmt: skip
+        authorization = f"authorization: Bearer {settings.api_key}\r\n".encode() if settings.api_key else b""
+        self._canary = Canary(self.desk, settings.canary_interval_secs, authorization)
+        self._stall = Stall(loop, self.fleet, self._give_up, settings.stall_timeout_secs)
         self._health = Health(self.fleet, self.pool, settings.health_interval_secs, _HEALTH_TIMEOUT, settings.api_key)
         self._scrape = Scrape(self.pool, settings.scrape_interval_secs, self.rows) if scrapes and first else None
         self._certificate = None
         if settings.tls_cert_file and settings.tls_key_file:
             self._certificate = Certificate(settings.tls_cert_file, settings.tls_key_file)
         routes = Routes(self.desk, settings, lambda: self.public.draining)
-        admin = AdminRoutes(self.fleet, decisions, self._tell)
+        admin = AdminRoutes(self.fleet, self.desk.edges, decisions, self._tell)
         self._siblings = Siblings(worker, self.metrics.state, admin.change) if worker is not None else None
         self.public = Listener(routes.handle, settings.limits(), routes.refused)
         self.scraped = Listener(MetricsRoutes(self._page).handle, Limits(body=0))
@@ -96,8 +102,33 @@ class Router:
     def _gauges(self) -> Iterator[tuple[Described, tuple[str, ...], float]]:
         yield described.RUNNING, (), self.admission.running
         yield described.QUEUED, (), self.admission.waiting
+        desk = self.desk
+        yield described.WAITING, ("prefill",), desk.waiting.count(Role.PREFILL)
+        yield described.WAITING, ("decode",), desk.waiting.count(Role.DECODE)
+        yield described.WAITING, ("room",), desk.waiting.count(None)
+        yield described.RETRIES, ("spent",), desk.retries.spent
+        yield described.RETRIES, ("refused",), desk.retries.refused
+        for engine in self.fleet.engines[Role.PREFILL]:
+            held, handed = desk.ledger.tickets(engine)
+            yield described.TICKETS, (engine.url, "held"), held
+            yield described.TICKETS, (engine.url, "handed"), handed
+        for (url, cause), count in desk.ledger.ended.items():
+            yield described.TICKETS_ENDED, (url, cause.value), count
+        for edge in desk.edges:
+            ends = (edge.prefill.url, edge.decode.url)
+            yield described.EDGE_HANDOFFS, ends, edge.handoffs
+            yield described.EDGE_SECONDS, ends, edge.seconds
+            yield described.EDGE_CLOSED, ends, int(edge.closed)
+        for outcome, count in self._canary.outcomes.items():
+            yield described.CANARIES, (outcome,), count
+        for ends in self._canary.differing:
+            yield described.CANARY_DIFFERS, ends, 1
         for source in self._sources:
             yield described.SOURCE_AGE, (source.name,), source.age
+
+    def _give_up(self, engine: Engine, why: str) -> None:
+        count = self.pool.give_up(engine, StalledError(why))
+        _log.warning("engine=%s role=%s stalled=%d requests go elsewhere", engine.url, engine.role, count)
 
     def _tell(self, what: str, told: dict[str, object]) -> None:
         if self._siblings is not None:
@@ -128,11 +159,14 @@ class Router:
         if self._siblings is not None:
             await self._siblings.listen()
         self.fleet.watch(self.desk)
+        self.fleet.listen(self.desk)
+        self.fleet.on_choice = self.desk.waiting.wake
         if self.rows is not None:
             self.fleet.watch(self.rows)
         self.fleet.watch(self._health)
         if self._scrape is not None:
             self.fleet.watch(self._scrape)
+        self._canary.start()
         self.fleet.report("command line", settings.found())
         for source in self._sources:
             source.start()
@@ -151,6 +185,8 @@ class Router:
         if self._certificate is not None:
             self._certificate.close()
         self._health.stop()
+        self._stall.close()
+        self._canary.close()
         if self._scrape is not None:
             self._scrape.stop()
         self.desk.deadlines.close()
@@ -159,6 +195,15 @@ class Router:
         self._requests.flush()
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
+
+
+def _rules(settings: Settings) -> Rules:
+    return Rules(
+        lease=settings.kv_lease_seconds, request_timeout=settings.request_timeout_secs,
+        queue_size=settings.queue_size, queue_timeout=settings.queue_timeout_secs,
+        continues=settings.continue_streams == "on", decode_only=settings.decode_only == "on",
+        api_key=settings.api_key,
+    )  # fmt: skip
 
 
 async def serve(settings: Settings, worker: Worker | None = None) -> None:

@@ -66,6 +66,10 @@ class Settings:
     drain_timeout_secs: float = 30.0
     health_interval_secs: float = 1.0
     kv_lease_seconds: float = 30.0
+    stall_timeout_secs: float = 15.0
+    continue_streams: Literal["on", "off"] = "on"
+    decode_only: Literal["on", "off"] = "on"
+    canary_interval_secs: float = 0.0
     max_concurrent_requests: int = 4096
     queue_size: int = 1024
     queue_timeout_secs: float = 30.0

@@ -134,7 +134,7 @@ async def decode(seen: Seen, out: Out) -> None:
         return
     await out.events()
     for i in range(seen.body.get("n") or 1):
-        await out.chunk(event(seen, i, f"<{seen.body['prompt']}>{i}"))
+        await out.chunk(event(seen, i, f"<{seen.body.get('prompt')}>{i}"))
     usage = (seen.body.get("stream_options") or {}).get("include_usage")
     last = {"choices": [], "usage": USAGE} if usage else {}
     await out.chunk(event(seen, 0, "!", system_fingerprint="f", **last))
@@ -148,6 +148,7 @@ class FakeEngine:
     def __init__(self, behave: Behaviour) -> None:
         self.behave = behave
         self.seen: list[Seen] = []
+        self.released: list[Any] = []
         self.healthy = True
         self.models = ["tiny"]
         self.connections = 0
@@ -181,6 +182,12 @@ class FakeEngine:
                     await out.json({}, 200 if self.healthy else 503)
                 elif target == "/v1/models" and "x-request-id" not in headers:
                     await out.json({"data": [{"id": name, "root": f"root-{name}"} for name in self.models]})
+                elif method == "GET" and "x-request-id" not in headers:
+                    await out.json({"detail": "Not Found"}, 404)
+                elif "x-request-id" not in headers:
+                    # The router's own request, which gives a ticket back: vLLM refuses it and frees the blocks.
+                    self.released.append(seen.body["kv_transfer_params"])
+                    await out.json({"error": {"message": "min_tokens"}}, 400)
                 else:
                     self.seen.append(seen)
                     answer = asyncio.ensure_future(self.behave(seen, out))  # type: ignore[arg-type]

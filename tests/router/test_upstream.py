@@ -79,7 +79,7 @@ def test_a_bug_in_the_router_fails_the_request_instead_of_hanging_it(
 ) -> None:
     receiver = Broken(part)
     call: Any = Call(receiver)
-    engine: Any = type("Engine", (), {"url": "http://e"})()
+    engine: Any = type("Engine", (), {"url": "http://e", "heard": 0})()
     pool: Any = Pool()
     transport: Any = Transport()
     connection = EngineConnection(engine, pool)

@@ -38,7 +38,12 @@ class Breaker:
 
     def failed(self, in_a_row: int, what: str) -> None:
         """A request failed; `in_a_row` counts this one."""
-        if self.open or (in_a_row < FAILURES and not self._on_trial):
+        if in_a_row >= FAILURES or self._on_trial:
+            self.trip(what)
+
+    def trip(self, what: str) -> None:
+        """Open, however many requests failed."""
+        if self.open:
             return
         if self._on_trial:
             self._pause = min(self._pause * 2, LONGEST_PAUSE)

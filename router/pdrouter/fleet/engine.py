@@ -20,7 +20,8 @@ class Engine:
     model name that the engine serves to what it loads (vLLM's `root`): aliases of one model share it, an adapter has
     its own. Empty until the engine was asked. `failures` counts legs that failed in a row (`pdrouter.fleet.breaker`),
     `answered` and `failed` all legs. `cached` and `uncached` add up the tokens of the prompts it was given, as the
-    policy predicted.
+    policy predicted. `heard` counts reads from its connections. What `group` says tells which engines can exchange KV
+    blocks (`Fleet.compatible`).
 
     The load row: `in_flight`, `queued_tokens` and `held_tokens` are what this process gave it to do, `elsewhere` what
     the router's other processes did (`pdrouter.fleet.rows`), `waiting`, `running` and `kv_usage` what its metrics said
@@ -28,9 +29,10 @@ class Engine:
     """
 
     __slots__ = (
-        "answered", "authority", "cached", "elsewhere", "failed", "failures", "healthy", "host", "kv_tokens",
-        "kv_usage", "leaving", "models", "name", "own_held", "own_in_flight", "own_queued", "port", "role", "running",
-        "scraped_at", "uncached", "url", "waiting",
+        "answered", "authority", "block_size", "cached", "elsewhere", "failed", "failures", "group", "healthy", "heard",
+        "host", "kv_tokens", "kv_usage", "leaving", "longest_context", "models", "name", "own_coming", "own_held",
+        "own_in_flight", "own_pinned", "own_queued", "port", "role", "running", "scraped_at", "uncached", "url",
+        "version", "waiting",
     )  # fmt: skip
 
     def __init__(self, url: str, role: Role, name: str | None = None) -> None:
@@ -46,16 +48,20 @@ class Engine:
         self.failures = self.answered = self.failed = 0
         self.cached = self.uncached = 0
         self.models: dict[str, str] = {}
-        self.own_in_flight = self.own_queued = self.own_held = 0
-        self.elsewhere = (0, 0, 0)
+        self.own_in_flight = self.own_queued = self.own_held = self.own_coming = self.own_pinned = 0
+        self.elsewhere = (0, 0, 0, 0)
         self.waiting = self.running = self.kv_usage = 0.0
-        self.kv_tokens = 0
+        self.kv_tokens = self.block_size = self.longest_context = self.heard = 0
+        self.version = self.group = ""
         self.scraped_at = -inf
 
     @property
     def in_flight(self) -> int:
-        """Requests that the router gave it and that are not over."""
-        return self.own_in_flight + self.elsewhere[0]
+        """Requests that the router gave it and that are not over, and those that it failed in a row.
+
+        An engine that fails at once has nothing to do; were failures no load, it would be given everything.
+        """
+        return self.own_in_flight + self.elsewhere[0] + self.failures
 
     @property
     def queued_tokens(self) -> int:
@@ -64,8 +70,13 @@ class Engine:
 
     @property
     def held_tokens(self) -> int:
-        """Prompt tokens of requests that are not over."""
-        return self.own_held + self.elsewhere[2]
+        """Tokens that requests which are not over hold or will hold: prompts, on decode also predicted answers."""
+        return self.own_held + self.own_coming + self.elsewhere[2]
+
+    @property
+    def pinned_tokens(self) -> int:
+        """Prompt tokens of finished prefills that wait to be fetched (`pdrouter.handoff.ledger`)."""
+        return self.own_pinned + self.elsewhere[3]
 
     @property
     def metrics_age(self) -> float:

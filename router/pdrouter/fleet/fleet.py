@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from pdrouter.discovery.found import Found
@@ -23,6 +23,13 @@ class Watcher(Protocol):
         """An engine is gone; what it was given before may still end."""
 
 
+class Audience(Protocol):
+    """Hears how engines are."""
+
+    def turned(self, engine: Engine) -> None:
+        """An engine began or ceased to answer."""
+
+
 class Fleet:
     """The engines of both roles, as their sources report them.
 
@@ -38,6 +45,9 @@ class Fleet:
         self._refused: set[str] = set()
         self._breakers: dict[Engine, Breaker] = {}
         self._watchers: list[Watcher] = []
+        self._audience: list[Audience] = []
+        self.mixed = False
+        self.on_choice: Callable[[], object] | None = None
 
     def __iter__(self) -> Iterator[Engine]:
         yield from self.engines[Role.PREFILL]
@@ -48,6 +58,10 @@ class Fleet:
         self._watchers.append(watcher)
         for engine in self:
             watcher.joined(engine)
+
+    def listen(self, audience: Audience) -> None:
+        """Tell of every engine that begins or ceases to answer."""
+        self._audience.append(audience)
 
     # membership
 
@@ -92,6 +106,7 @@ class Fleet:
             self._breakers.pop(engine).close()
         for engine in come:
             self._breakers[engine] = Breaker(self._loop, self._choose_from)
+        self._look_for_groups()
         for engine in gone:
             _log.info("engine=%s role=%s left", engine.url, engine.role)
             for watcher in self._watchers:
@@ -123,6 +138,8 @@ class Fleet:
         engine.healthy = healthy
         level = logging.INFO if healthy else logging.WARNING
         _log.log(level, "engine=%s role=%s healthy=%s why=%s", engine.url, engine.role, str(healthy).lower(), why)
+        for one in self._audience:
+            one.turned(engine)
         self._choose_from()
 
     def succeeded(self, engine: Engine) -> None:
@@ -149,6 +166,41 @@ class Fleet:
         if breaker is not None:
             breaker.failed(engine.failures, f"{engine.url} role={engine.role} why={why}")
 
+    def stalled(self, engine: Engine) -> None:
+        """Record that an engine is silent although it has requests: it is left alone for a while."""
+        engine.failed += 1
+        engine.failures += 1
+        breaker = self._breakers.get(engine)
+        if breaker is not None:
+            breaker.trip(f"{engine.url} role={engine.role} why=stalled")
+
+    def may_serve(self, engine: Engine) -> bool:
+        """Whether an engine is among those that may be chosen."""
+        return engine in self._healthy[engine.role]
+
+    # who may exchange KV blocks with whom
+
+    def grouped(self, engine: Engine, group: str) -> None:
+        """Record what an engine's blocks are like: vLLM's version, block size and so on; empty when unknown."""
+        if engine.group == group:
+            return
+        engine.group = group
+        self._look_for_groups()
+
+    def _look_for_groups(self) -> None:
+        groups = {engine.group for engine in self if engine.group}
+        mixed = len(groups) > 1
+        if mixed and not self.mixed:
+            _log.warning(
+                "groups=%d engines of different kinds are not paired: %s", len(groups), "; ".join(sorted(groups))
+            )
+        self.mixed = mixed
+
+    @staticmethod
+    def compatible(prefill: Engine, decode: Engine) -> bool:
+        """Whether two engines' KV blocks are alike, as far as is known."""
+        return prefill.group == decode.group or not prefill.group or not decode.group
+
     def _choose_from(self) -> None:
         for role in Role:
             answering = tuple(one for one in self.engines[role] if one.healthy and not one.leaving)
@@ -156,3 +208,5 @@ class Fleet:
             candidates = tuple(one for one in answering if not self.tripped(one)) or answering
             if candidates != self._healthy[role]:
                 self._healthy[role] = candidates
+        if self.on_choice is not None:
+            self.on_choice()

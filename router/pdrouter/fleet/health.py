@@ -1,4 +1,4 @@
-"""Whether engines answer: `GET /health` about once a second, and now and then which models they serve.
+"""Whether engines answer: `GET /health` about once a second, and now and then what they are and serve.
 
 A failed connection of a real request marks an engine down at once (`Fleet.mark`); only a successful check here marks
 it up again.
@@ -12,12 +12,14 @@ import orjson
 
 from pdrouter.fleet.engine import Engine
 from pdrouter.fleet.fleet import Fleet
+from pdrouter.fleet.scrape import cache_size
 from pdrouter.upstream.connection import Headers
-from pdrouter.upstream.errors import UpstreamError
+from pdrouter.upstream.errors import StalledError, UpstreamError
 from pdrouter.upstream.pool import Call, Pool
 
 _log = logging.getLogger(__name__)
-_MODELS_EVERY = 30.0
+_FACTS_EVERY = 30.0
+_FACTS = {"/v1/models": "/version", "/version": "/metrics", "/metrics": ""}  # what is asked after what
 
 
 class Probe:
@@ -33,8 +35,9 @@ class Probe:
         self._timeout = timeout
         self._authorization = f"authorization: Bearer {api_key}\r\n" if api_key else ""
         self._failures = 0
-        self._models_due = 0.0
-        self._asks_models = False
+        self._facts_due = 0.0
+        self._path = "/health"
+        self._heard = 0
         self._status = 0
         self._chunks: list[bytes] = []
         self._call: Call | None = None
@@ -52,9 +55,10 @@ class Probe:
             self._call.abort()
 
     def _ask(self, path: str) -> None:
-        self._asks_models = path != "/health"
+        self._path = path
+        self._heard = self._engine.heard
         self._chunks.clear()
-        told = self._authorization if self._asks_models else ""
+        told = "" if path == "/health" else self._authorization
         head = f"GET {path} HTTP/1.1\r\nhost: {self._engine.authority.decode()}\r\n{told}\r\n".encode()
         self._timer = self._pool.loop.call_later(self._timeout, self._timed_out)
         self._call = self._pool.call(self._engine, head, self, counted=False)
@@ -62,7 +66,12 @@ class Probe:
     def _timed_out(self) -> None:
         if self._call is not None:
             self._call.abort()
-        self._down(f"no_answer_within_{self._timeout:g}s")
+        why = f"no_answer_within_{self._timeout:g}s"
+        if self._engine.heard == self._heard:
+            # Not a byte, to anybody, for as long as a check may take: the process is stopped or cut off.
+            self._fleet.mark(self._engine, False, why)
+            self._pool.give_up(self._engine, StalledError(f"{self._engine.url} gives no answer, not even to /health"))
+        self._down(why)
 
     def head(self, status: int, headers: Headers) -> None:
         """Take the status."""
@@ -74,14 +83,20 @@ class Probe:
 
     def end(self) -> None:
         """Judge the answer."""
-        if self._asks_models:
-            self._learn_models()
-            self._again()
+        if self._path != "/health":
+            self._learn()
+            following = _FACTS[self._path]
+            if following:
+                self._cancel_timer()
+                self._ask(following)
+            else:
+                self._facts_due = self._pool.loop.time() + _FACTS_EVERY
+                self._fleet.mark(self._engine, True, "health_200")
+                self._again()
         elif self._status == 200:
             self._failures = 0
-            back = not self._engine.healthy
-            self._fleet.mark(self._engine, True, "health_200")
-            if back or self._pool.loop.time() >= self._models_due:
+            # One that comes back may have become another: it is not chosen before it has told what it is.
+            if not self._engine.healthy or self._pool.loop.time() >= self._facts_due:
                 self._cancel_timer()
                 self._ask("/v1/models")
             else:
@@ -93,17 +108,30 @@ class Probe:
         """The engine did not answer."""
         self._down(error.reason)
 
-    def _learn_models(self) -> None:
+    def _learn(self) -> None:
         if self._status != 200:
             return
+        engine, page = self._engine, b"".join(self._chunks)
         try:
-            listed = orjson.loads(b"".join(self._chunks))["data"]
-            self._engine.models = {one["id"]: one.get("root") or one["id"] for one in listed}
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            _log.warning(
-                "engine=%s its /v1/models is not what OpenAI's is; model checks use names only", self._engine.url
-            )
-        self._models_due = self._pool.loop.time() + _MODELS_EVERY
+            if self._path == "/v1/models":
+                listed = orjson.loads(page)["data"]
+                engine.models = {one["id"]: one.get("root") or one["id"] for one in listed}
+                engine.longest_context = min((int(one.get("max_model_len") or 0) for one in listed), default=0)
+            elif self._path == "/version":
+                engine.version = str(orjson.loads(page)["version"])
+            else:
+                engine.kv_tokens, engine.block_size = cache_size(page)
+                self._group()
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+            _log.warning("engine=%s its %s is not what vLLM's is; less is checked for it", engine.url, self._path)
+
+    def _group(self) -> None:
+        engine = self._engine
+        if engine.version or engine.block_size:
+            # Adapters come and go; what has no parent is the model itself.
+            roots = sorted(set(engine.models.values()))[:1]
+            facts = (f"vLLM {engine.version}", f"block size {engine.block_size}", *roots)
+            self._fleet.grouped(engine, ", ".join(facts))
 
     def _down(self, why: str) -> None:
         self._failures += 1

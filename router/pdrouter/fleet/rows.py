@@ -19,11 +19,11 @@ from pdrouter.fleet.engine import Engine
 
 ENGINES = 1024  # rows of a table; engines beyond that are balanced by each worker's own load only
 _GENERATION, _ROWS, _FIRST = range(3)
-_KEY, _IN_FLIGHT, _QUEUED, _HELD, _WAITING, _RUNNING, _USAGE, _KV_TOKENS, _SCRAPED, _FIELDS = range(10)
+_KEY, _IN_FLIGHT, _QUEUED, _HELD, _PINNED, _WAITING, _RUNNING, _USAGE, _KV_TOKENS, _SCRAPED, _FIELDS = range(11)
 _MILLION = 1_000_000
 _FRESH = 0.001  # seconds for which what was read of the others is used
 _TRIES = 4
-_NOTHING = (0, 0, 0)
+_NOTHING = (0, 0, 0, 0)
 _MOST = 1 << 62
 
 
@@ -160,7 +160,8 @@ class Rows:
         numbers = self._table.numbers
         numbers[at + _IN_FLIGHT] = engine.own_in_flight
         numbers[at + _QUEUED] = engine.own_queued
-        numbers[at + _HELD] = engine.own_held
+        numbers[at + _HELD] = engine.own_held + engine.own_coming
+        numbers[at + _PINNED] = engine.own_pinned
         if self._scrapes and engine.scraped_at > 0:
             numbers[at + _WAITING] = _whole(engine.waiting)
             numbers[at + _RUNNING] = _whole(engine.running)
@@ -186,15 +187,16 @@ class Rows:
     def _add(self, values: list[int]) -> None:
         for at in range(0, len(values), _FIELDS):
             in_flight, scraped = values[at + _IN_FLIGHT], values[at + _SCRAPED]
-            if not in_flight and not scraped:
+            held, pinned = values[at + _HELD], values[at + _PINNED]
+            if not (in_flight or scraped or held or pinned):
                 continue
             engine = self._by_key.get(values[at + _KEY])
             if engine is None:
                 continue
-            if in_flight:
+            if in_flight or held or pinned:
                 told = engine.elsewhere
                 engine.elsewhere = (
-                    told[0] + in_flight, told[1] + values[at + _QUEUED], told[2] + values[at + _HELD],
+                    told[0] + in_flight, told[1] + values[at + _QUEUED], told[2] + held, told[3] + pinned,
                 )  # fmt: skip
             # The same reading is taken again: it may have been half written when it was read before.
             if not self._scrapes and scraped / _MILLION >= engine.scraped_at:

@@ -42,14 +42,14 @@ def values(page: bytes, name: bytes) -> list[float]:
     return found
 
 
-def kv_tokens(page: bytes) -> int:
-    """Give how many tokens the KV caches of a server hold together; 0 when the page does not tell."""
+def cache_size(page: bytes) -> tuple[int, int]:
+    """Give how many tokens the KV cache of a server holds, and its block size; zeros when the page does not tell."""
     at = page.find(b"\nvllm:cache_config_info{")
     if at < 0:
-        return 0
+        return 0, 0
     line = page[at : page.find(b"\n", at + 1)]
     blocks, size = _BLOCKS.search(line), _BLOCK_SIZE.search(line)
-    return int(blocks[1]) * int(size[1]) if blocks and size else 0
+    return (int(blocks[1]) * int(size[1]), int(size[1])) if blocks and size else (0, 0)
 
 
 def read(page: bytes, engine: Engine) -> bool:
@@ -62,7 +62,7 @@ def read(page: bytes, engine: Engine) -> bool:
     engine.waiting, engine.running = sum(waiting), sum(running)
     engine.kv_usage = sum(usage) / len(usage)
     if not engine.kv_tokens:
-        engine.kv_tokens = kv_tokens(page)
+        engine.kv_tokens, engine.block_size = cache_size(page)
     engine.scraped_at = monotonic()
     return True
 

@@ -1,10 +1,14 @@
 """A request that one engine serves, without a handoff."""
 
+from collections.abc import Mapping
+
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.handoff.desk import Desk
-from pdrouter.handoff.failure import leg_failure
-from pdrouter.handoff.leg import Way
+from pdrouter.handoff.failure import Failure, leg_failure
+from pdrouter.handoff.legs import LARGEST
 from pdrouter.handoff.pair import Sink, no_engine
+from pdrouter.handoff.retries import EACH
+from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
 from pdrouter.openai.features import Prompt
 from pdrouter.upstream.connection import Headers
@@ -13,68 +17,160 @@ from pdrouter.upstream.pool import Call
 
 
 class Alone:
-    """Asks one decode engine and passes its answer on, whatever its status."""
+    """Asks a decode engine and passes its answer on.
 
-    def __init__(self, desk: Desk, way: Way, body: bytes, asked: Prompt, record: Record, sink: Sink) -> None:
+    An answer that is no stream is collected first, so that another engine can be asked when this one fails.
+    """
+
+    __slots__ = (
+        "_asked", "_body", "_call", "_desk", "_engine", "_failed", "_headers", "_last", "_passes", "_paused", "_pieces",
+        "_record", "_refused", "_settled", "_sink", "_size", "_status", "_streams", "_way", "deadline",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        desk: Desk,
+        way: Way,
+        body: bytes,
+        asked: Prompt,
+        record: Record,
+        sink: Sink,
+        streams: bool,
+        deadline: float,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            desk: what all requests share.
+            way: path and headers.
+            body: what the engine is sent.
+            asked: by which it is chosen.
+            record: is told engine and times.
+            sink: gets the answer.
+            streams: whether the client asked for events.
+            deadline: loop time at which the client wants to wait no longer.
+        """
+        self.deadline = deadline
         self._desk = desk
         self._way = way
         self._body = body
         self._asked = asked
         self._record = record
         self._sink = sink
+        self._streams = streams
         self._call: Call | None = None
         self._engine: Engine | None = None
         self._refused: list[Engine] = []
+        self._failed = 0
+        self._last: Failure | None = None
         self._status = 0
+        self._headers: Headers = []
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._passes = False
+        self._paused = False
+        self._settled = False
 
     def start(self) -> None:
         """Choose an engine and ask it."""
-        engine = self._desk.choose(Role.DECODE, self._asked, self._refused)
-        if engine is None:
-            self._sink.failed(no_engine(Role.DECODE))
+        if self._settled:
             return
-        record = self._record
+        desk, record = self._desk, self._record
+        engine = desk.choose(Role.DECODE, self._asked, self._refused)
+        if engine is None:
+            if desk.fleet.healthy(Role.DECODE):  # all there are have failed it; better they than none, a little later
+                self._refused = []
+                desk.later(self, self._failed)
+            else:
+                desk.waiting.park(self, Role.DECODE)
+            return
         record.decode[:] = [engine.url]
-        record.decode_sent_at = record.started
+        record.decode_sent_at = record.decode_sent_at or record.started
         self._engine = engine
-        queued = self._desk.routed(Role.DECODE, self._asked, engine) if record.generation else 0
+        self._pieces.clear()
+        self._size = 0
+        queued = desk.routed(Role.DECODE, self._asked, engine) if record.generation else 0
         held = self._asked.tokens if record.generation else 0
         request = self._way.request(engine, self._body)
-        self._call = self._desk.pool.call(engine, request, self, held=held, queued=queued)
+        self._call = desk.pool.call(engine, request, self, held=held, queued=queued)
+        if self._paused:
+            self._call.pause()
+
+    def gave_up(self, role: Role | None, seconds: float, retry_after: int) -> None:
+        """It waited as long as a request may wait (`pdrouter.handoff.waiting`)."""
+        self._settle_failed(self._last or no_engine(Role.DECODE, seconds, retry_after))
 
     def head(self, status: int, headers: Headers) -> None:
-        """Pass on the head."""
-        self._status = status
-        self._sink.head(status, headers)
+        """Take the head."""
+        self._status, self._headers = status, headers
 
     def body(self, data: bytes) -> None:
-        """Pass on a piece of the body."""
-        self._sink.body(data)
+        """Take a piece of the body; it is passed on at once where nothing could be done about a failure any more."""
+        if self._passes:
+            self._sink.body(data)
+            return
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._status < 500 and (self._streams or self._size > LARGEST):
+            self._pass()
+
+    def _pass(self) -> None:
+        self._passes = True
+        self._sink.head(self._status, self._headers)
+        for piece in self._pieces:
+            self._sink.body(piece)
+        self._pieces.clear()
 
     def end(self) -> None:
-        """Pass on the end."""
+        """Pass on a whole answer, unless another engine may have a better one."""
         self._call = None
         self._way.ended(self._status)
         if self._engine is not None:
             self._desk.fleet.ended(self._engine, self._status)
+        if self._status >= 500 and not self._passes and self._may_try():
+            return
+        if not self._passes:
+            self._pass()
+        self._settled = True
         self._sink.end()
 
     def failed(self, error: UpstreamError) -> None:
-        """Ask another engine when this one has not seen the request, else tell."""
+        """Ask another engine when the client has seen nothing yet, else tell."""
         self._call = None
         self._way.failed(error.reason)
-        if self._engine is not None and not isinstance(error, ConnectError):
-            self._desk.fleet.failed(self._engine, error.reason)
-        if isinstance(error, ConnectError) and self._engine is not None:
-            self._desk.fleet.mark(self._engine, False, error.reason)
+        engine, fleet = self._engine, self._desk.fleet
+        assert engine is not None
+        self._last = leg_failure(502, Role.DECODE, error.reason, f"The request failed: {error}.")
+        if isinstance(error, ConnectError):
+            fleet.mark(engine, False, error.reason)
+            self._refused.append(engine)
+            self._desk.later(self, 0)
+            return
+        fleet.failed(engine, error.reason)
+        if self._passes or not self._may_try():
+            self._settle_failed(self._last)
+
+    def _may_try(self) -> bool:
+        """Ask another engine if this request and all together have tries left."""
+        desk = self._desk
+        self._failed += 1
+        if self._failed > EACH or not desk.retries.spend(desk.admission.running):
+            return False
+        if self._engine is not None:
             self._refused.append(self._engine)
-            if self._desk.choose(Role.DECODE, self._asked, self._refused) is not None:
-                self.start()
-                return
-        self._sink.failed(leg_failure(502, Role.DECODE, error.reason, f"The request failed: {error}."))
+        self._record.retries += 1
+        desk.later(self, self._failed - 1)
+        return True
+
+    def _settle_failed(self, failure: Failure) -> None:
+        if not self._settled:
+            self._settled = True
+            self._sink.failed(failure)
 
     def abort(self) -> None:
         """Break it off at once."""
+        self._settled = True
+        self._desk.waiting.leave(self)
         call, self._call = self._call, None
         if call is not None:
             call.abort()
@@ -82,10 +178,17 @@ class Alone:
 
     def pause(self) -> None:
         """Hold up the answer."""
+        self._paused = True
         if self._call is not None:
             self._call.pause()
 
     def resume(self) -> None:
         """Let the answer go on."""
+        self._paused = False
         if self._call is not None:
             self._call.resume()
+
+
+def streams(body: Mapping[str, object]) -> bool:
+    """Whether a body asks for a stream of events, in any spelling that vLLM takes."""
+    return bool(body.get("stream"))

@@ -1,5 +1,7 @@
 """The client's side of a request under way: deadline, disconnect, flow control, and settling exactly once."""
 
+import asyncio
+
 from pdrouter.deadlines import Deadlines
 from pdrouter.handoff.client import Client
 from pdrouter.handoff.desk import Desk
@@ -11,7 +13,10 @@ CLIENT_GONE = 499  # nginx's status for a client that left; it is only seen in l
 
 
 class Delivery:
-    """Brings what engines answer to one client, and the client's absence to the engines."""
+    """Brings what engines answer to one client, and the client's absence to the engines.
+
+    `budget` is how many seconds the client gives its request; None leaves it to the router's own limit.
+    """
 
     def __init__(self, desk: Desk, client: Client, record: Record) -> None:
         self.client = client
@@ -21,12 +26,18 @@ class Delivery:
         self.event_stream = False
         self.settled = False
         self.admission: str | None = None
+        self.budget: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._served: list[Served] = []
 
     def begin(self, *served: Served) -> None:
         """Serve as soon as there is room; at the request's deadline what is under way is broken off."""
         self.client.listener = self
-        self.desk.deadlines.start(self)
+        if self.budget is None:
+            self.desk.deadlines.start(self)
+        else:
+            self._timer = self.desk.loop.call_later(self.budget, self._over)
+        self.desk.retries.earn()
         self._served.extend(served)
         self.desk.admission.enter(self)
 
@@ -54,7 +65,15 @@ class Delivery:
                 f"The request waited {deadlines.seconds:g} s in the router's queue", admission.retry_after()
             )
             return
-        self.fail(leg_failure(504, "router", "timeout", f"The request took longer than {deadlines.seconds:g} s."))
+        self._too_long(deadlines.seconds)
+
+    def _over(self) -> None:
+        self._timer = None
+        if self.budget is not None:
+            self._too_long(self.budget)
+
+    def _too_long(self, seconds: float) -> None:
+        self.fail(leg_failure(504, "router", "timeout", f"The request took longer than {seconds:g} s."))
 
     def settle(self, status: int) -> None:
         """Record the end. Only the first call counts."""
@@ -62,9 +81,14 @@ class Delivery:
             return
         self.settled = True
         self.client.listener = None
-        self.desk.deadlines.stop(self)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        else:
+            self.desk.deadlines.stop(self)
         self.desk.admission.leave(self)
         self._served.clear()
+        self.desk.waiting.wake()
         self.record.status = status
         self.desk.observer.finished(self.record)
 

@@ -1,12 +1,21 @@
 """What all handoffs share: the fleet, the policies, the connections, the limits."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
 
 from pdrouter.deadlines import Deadlines
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.fleet.fleet import Fleet
 from pdrouter.handoff.admission import Admission
+from pdrouter.handoff.edges import Edges
+from pdrouter.handoff.ledger import Ledger
+from pdrouter.handoff.release import Release
+from pdrouter.handoff.retries import RetryBudget
+from pdrouter.handoff.waiting import Parked, Waiting
 from pdrouter.observe.decisions import Decisions
 from pdrouter.observe.metrics import Observer
 from pdrouter.observe.traces import Traces
@@ -15,24 +24,51 @@ from pdrouter.openai.generated import generated_text
 from pdrouter.policies import Bypassing, Learning, Policy, RoutingKey, Scoring
 from pdrouter.upstream.pool import Pool
 
+_BACK_OFF = (0.0, 0.05, 0.2, 0.5)  # seconds before a request is tried again
+_TYPICAL_OUTPUT = 256.0  # tokens, until answers have told better
+_SMOOTH = 0.05
+
 
 def decode_by_load(policy: Policy) -> bool:
     """Whether a policy's choice depends on the engines' load, so that it should be made as late as possible."""
     return not policy.uses_key and policy.name not in ("round_robin", "random")
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How failures are dealt with. Times are seconds.
+
+    Args:
+        lease: the prefill engines' `kv_lease_duration`.
+        request_timeout: what a request may take in all.
+        queue_size: requests that may wait for an engine or for room.
+        queue_timeout: how long each may.
+        continues: whether streams go on elsewhere when their engine fails.
+        decode_only: whether decode computes prompts when there is no prefill engine.
+        api_key: what engines want to see.
+    """
+
+    lease: float
+    request_timeout: float
+    queue_size: int
+    queue_timeout: float
+    continues: bool
+    decode_only: bool
+    api_key: str | None
+
+
 class Desk:
-    """Shared by all requests of one router process. Times are seconds."""
+    """Shared by all requests of one router process."""
 
     __slots__ = (
-        "_bypassing", "_learning", "_reasons", "_scoring", "admission", "chooses_late", "deadlines", "decisions",
-        "fleet", "lease", "loop", "observer", "policies", "pool", "traces",
+        "_bypassing", "_learning", "_reasons", "_scoring", "_typical", "admission", "chooses_late", "continues",
+        "deadlines", "decisions", "decode_only", "edges", "fleet", "lease", "ledger", "loop", "observer", "policies",
+        "pool", "queue_timeout", "release", "retries", "traces", "waiting",
     )  # fmt: skip
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, fleet: Fleet, pool: Pool, policies: dict[Role, Policy],
-        observer: Observer, decisions: Decisions | None, traces: Traces | None, admission: Admission,
-        lease: float, request_timeout: float,
+        observer: Observer, decisions: Decisions | None, traces: Traces | None, admission: Admission, rules: Rules,
     ) -> None:  # fmt: skip
         self.loop = loop
         self.fleet = fleet
@@ -42,8 +78,17 @@ class Desk:
         self.decisions = decisions
         self.traces = traces
         self.admission = admission
-        self.lease = lease
-        self.deadlines = Deadlines(loop, request_timeout)
+        self.lease = rules.lease
+        self.queue_timeout = rules.queue_timeout
+        self.continues = rules.continues
+        self.decode_only = rules.decode_only
+        self.deadlines = Deadlines(loop, rules.request_timeout)
+        self.edges = Edges(loop)
+        self.ledger = Ledger(loop, rules.lease, pool.rows)
+        self.retries = RetryBudget(loop)
+        self.waiting = Waiting(loop, rules.queue_size, rules.queue_timeout)
+        self.release = Release(fleet, pool, self.ledger, self.edges, rules.api_key)
+        self._typical = _TYPICAL_OUTPUT
         self._reasons: dict[str, str] = {}
         self._learning = {role: policy for role, policy in policies.items() if isinstance(policy, Learning)}
         prefill, decode = policies[Role.PREFILL], policies[Role.DECODE]
@@ -54,15 +99,37 @@ class Desk:
 
     # choosing
 
-    def choose(self, role: Role, asked: Prompt, refused: Sequence[Engine] = ()) -> Engine | None:
-        """Choose a healthy engine that is not in `refused`, or None when there is none."""
+    def choose(
+        self, role: Role, asked: Prompt, refused: Sequence[Engine] = (), prefill: Engine | None = None
+    ) -> Engine | None:
+        """Choose a healthy engine, or None when there is none.
+
+        An engine without room for the request is only chosen when all are (`has_room`).
+
+        Args:
+            role: what it is for.
+            asked: the request.
+            refused: engines not to be chosen.
+            prefill: the other end of the handoff; its way to the chosen engine must be open.
+        """
         if self.pool.rows is not None:
             self.pool.rows.refresh()
         candidates = self.fleet.healthy(role)
-        if refused:
-            candidates = [engine for engine in candidates if engine not in refused]
+        if refused or prefill is not None:
+            candidates = [
+                engine for engine in candidates
+                if engine not in refused and (prefill is None or self.fits(prefill, engine))
+            ]  # fmt: skip
         if not candidates:
             return None
+        chosen = self._chosen(role, asked, candidates)
+        if chosen.kv_tokens and not self.has_room(chosen, asked):
+            roomy = [engine for engine in candidates if self.has_room(engine, asked)]
+            if roomy:
+                chosen = self._chosen(role, asked, roomy)
+        return chosen
+
+    def _chosen(self, role: Role, asked: Prompt, candidates: Sequence[Engine]) -> Engine:
         policy = self.policies[role]
         if self.decisions is None:
             return policy.choose(asked, candidates)
@@ -71,6 +138,44 @@ class Desk:
         chosen = policy.choose(asked, candidates)
         self.decisions.add(role, policy.name, asked.key, chosen.url, candidates, scores)
         return chosen
+
+    @property
+    def picky(self) -> bool:
+        """Whether there are engines that cannot exchange KV blocks."""
+        return self.edges.any_closed or self.fleet.mixed
+
+    def fits(self, prefill: Engine, decode: Engine) -> bool:
+        """Whether KV blocks can go from one engine to the other."""
+        return not self.edges.closed(prefill, decode) and self.fleet.compatible(prefill, decode)
+
+    def needs(self, asked: Prompt) -> int:
+        """Predict how many tokens a request will hold on decode: its prompt and what answers have lately had."""
+        limit = asked.max_tokens
+        typical = int(self._typical)
+        return asked.tokens + (min(limit, typical) if limit else typical)
+
+    def has_room(self, engine: Engine, asked: Prompt) -> bool:
+        """Whether an engine's KV cache has room for a request, as far as its size is known.
+
+        A request that would not even fit into an empty cache is let through for the engine to judge.
+        """
+        size = engine.kv_tokens
+        if not size:
+            return True
+        if engine.role is Role.PREFILL:
+            held = engine.queued_tokens + engine.pinned_tokens
+            return held == 0 or held + asked.tokens <= size
+        held = engine.held_tokens
+        return held == 0 or held + self.needs(asked) <= size
+
+    def answered_with(self, tokens: int) -> None:
+        """Learn how long answers are."""
+        self._typical += _SMOOTH * (tokens - self._typical)
+
+    def longest_context(self) -> int | None:
+        """Give the longest context that all decode engines take, where they tell it."""
+        told = [engine.longest_context for engine in self.fleet.engines[Role.DECODE] if engine.longest_context]
+        return min(told) if told else None
 
     def bypass(self, asked: Prompt, prefill: Engine, decode: Engine) -> bool:
         """Say whether the decode engine should serve the request alone."""
@@ -97,6 +202,26 @@ class Desk:
         if text:
             self._learning[role].answered(asked, engine, asked.continued(text))
 
+    # trying again
+
+    def later(self, one: Parked, times: int) -> None:
+        """Start a request again, the later the more often it has failed."""
+        pause = _BACK_OFF[min(times, len(_BACK_OFF) - 1)]
+        if pause:
+            self.loop.call_later(pause, one.start)
+        else:
+            self.loop.call_soon(one.start)
+
+    def changed(self, engine: Engine) -> None:
+        """An engine's load row changed; where it fell, requests that wait for room may try."""
+        if self.pool.rows is not None:
+            self.pool.rows.changed(engine)
+
+    @staticmethod
+    def encoded(body: Mapping[str, Any]) -> bytes:
+        """Encode a body that the router made itself."""
+        return orjson.dumps(body)
+
     # fleet (pdrouter.fleet.fleet.Watcher)
 
     def joined(self, engine: Engine) -> None:
@@ -107,7 +232,16 @@ class Desk:
         learning = self._learning.get(engine.role)
         if learning is not None:
             learning.gone(engine)
+        self.ledger.void(engine)
+        self.edges.forget(engine)
         self.pool.left(engine)
+
+    def turned(self, engine: Engine) -> None:
+        """An engine began or ceased to answer; one that comes back may be another process."""
+        if not engine.healthy:
+            self.edges.forget(engine)
+            if engine.role is Role.PREFILL:
+                self.ledger.void(engine)
 
     # for the log
 

@@ -1,37 +1,57 @@
-"""One prompt, two engines: prefill, ticket, decode.
+"""One prompt, two engines: prefill, ticket, decode; and whatever it takes when one of them fails.
 
-A pair is in one of three states: PREFILL until there is a ticket, DECODE until decode's answer ended, then SETTLED.
-An engine that refused the connection has not seen the request, so another gets it, with the same ticket on the decode
-side. Everything else that fails is told to the client. However it ends, the pair settles exactly once.
+A pair is WAITING for engines or room, in PREFILL until there is a ticket, in DECODE until decode's answer ended, then
+SETTLED, exactly once. A client that leaves during PREFILL makes it ABANDONED until there is a ticket to give back.
+What a failure leads to:
+
+- An engine that refused the connection has not seen the request: another gets it, on the decode side with the same
+  ticket.
+- Prefill that failed otherwise, or gave no usable ticket: another prefill engine.
+- Decode that failed before its first byte may have fetched the KV blocks or not, and nobody can tell. A ticket that is
+  used twice can mean foreign blocks, so it is given back, prefill computes again (its prefix is cached), and another
+  decode engine gets the new ticket.
+- Decode that failed in the middle of a stream: another pair goes on by token ids (`pdrouter.handoff.stream`).
+- No engine of a role, or no decode engine with room: the pair waits (`pdrouter.handoff.waiting`). Without any prefill
+  engine decode computes prompts itself.
+
+Only an engine's answer below 500 and the client's own limits end a request otherwise.
 """
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
+from math import inf
 from time import perf_counter
 from typing import Any, Protocol
 
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.handoff.desk import Desk
 from pdrouter.handoff.failure import Failure, engine_failure, leg_failure
-from pdrouter.handoff.leg import Way
-from pdrouter.handoff.ticket import Ticket, TicketError, read_ticket
+from pdrouter.handoff.legs import LARGEST, DecodeLeg, EngineEventError, Handoff, PrefillLeg
+from pdrouter.handoff.retries import EACH
+from pdrouter.handoff.stream import CannotGoOnError, Stream
+from pdrouter.handoff.ticket import Cause, Ticket, TicketError, read_ticket
+from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
+from pdrouter.openai.asked import CHAT, COMPLETIONS
+from pdrouter.openai.continuation import IDS_FIELD, why_not
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.legs import decode_leg, prefill_leg
 from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import ConnectError, TooLateError, UpstreamError
 from pdrouter.upstream.pool import Call
 
-_PREFILL_TRIES = 2
-_LARGEST = 64 * 1024 * 1024  # bytes of an answer that the router has to hold
-_LEARNT = 512 * 1024  # bytes of an answer: reading a longer one for the policy would hold up other requests
+_ABANDONED = 2.0  # seconds that a prefill gets to end after its client has left
+_SOON = 32_768  # prompt tokens that take about a second
 
 
 class State(enum.Enum):
     """Where a pair is."""
 
+    WAITING = "waiting"
     PREFILL = "prefill"
     DECODE = "decode"
+    ABANDONED = "abandoned"
     SETTLED = "settled"
 
 
@@ -67,122 +87,45 @@ class Served(Protocol):
         """Take bytes again."""
 
 
-def no_engine(role: Role) -> Failure:
+def no_engine(role: Role, seconds: float, retry_after: int) -> Failure:
     """Tell that no engine of a role can be asked."""
-    return leg_failure(503, role, "no_engine", f"No {role} engine is healthy; see /ready.")
+    waited = f" within {seconds:.0f} s" if seconds >= 1 else ""
+    headers = b"retry-after: %d\r\n" % retry_after
+    return leg_failure(503, role, "no_engine", f"No {role} engine is healthy{waited}; see /ready.", headers)
 
 
-class PrefillLeg:
-    """Collects the prefill engine's answer."""
-
-    __slots__ = ("_chunks", "_headers", "_pair", "_size", "_status", "engine")
-
-    def __init__(self, pair: "Pair", engine: Engine) -> None:
-        self.engine = engine
-        self._pair = pair
-        self._status = 0
-        self._headers: Headers = []
-        self._chunks: list[bytes] = []
-        self._size = 0
-
-    def head(self, status: int, headers: Headers) -> None:
-        """Take the head."""
-        self._status, self._headers = status, headers
-
-    def body(self, data: bytes) -> None:
-        """Take a piece of the body."""
-        self._size += len(data)
-        if self._size > _LARGEST:
-            self._pair.prefill_too_large(self.engine)
-            return
-        self._chunks.append(data)
-
-    def end(self) -> None:
-        """The answer is complete."""
-        self._pair.prefilled(self.engine, self._status, self._headers, b"".join(self._chunks))
-
-    def failed(self, error: UpstreamError) -> None:
-        """No answer."""
-        self._pair.prefill_failed(self.engine, error)
-
-
-class DecodeLeg:
-    """Passes decode's answer to the sink; `body` is the sink's own, so that a token costs no call more."""
-
-    __slots__ = ("_answer", "_errors", "_headers", "_pair", "_sink", "_size", "_status", "body", "engine")
-
-    def __init__(self, pair: "Pair", engine: Engine, sink: Sink) -> None:
-        self.engine = engine
-        self._pair = pair
-        self._sink = sink
-        self._status = 0
-        self._headers: Headers = []
-        self._errors: list[bytes] = []
-        self._answer: list[bytes] | None = None
-        self._size = 0
-        self.body: Callable[[bytes], None] = sink.body
-
-    def head(self, status: int, headers: Headers) -> None:
-        """Take the head; an error is collected instead of relayed."""
-        self._status, self._headers = status, headers
-        if status == 200:
-            self._sink.head(status, headers)
-            if self._pair.learns():
-                self._answer = []
-                self.body = self._keep
-        else:
-            self.body = self._errors.append
-
-    def _keep(self, data: bytes) -> None:
-        """Pass on a piece, and keep it for the policy while the answer is not too long for that."""
-        self._size += len(data)
-        if self._answer is not None:
-            self._answer.append(data)
-            if self._size > _LEARNT:
-                self._answer = None
-        self._sink.body(data)
-
-    def end(self) -> None:
-        """The answer is complete."""
-        self._pair.decode_ended(self.engine, self._status)
-        if self._status == 200:
-            self._pair.decoded()
-            if self._answer is not None:
-                self._pair.learn(self.engine, b"".join(self._answer))
-        else:
-            body = b"".join(self._errors)
-            self._pair.settle_failed(engine_failure(self._status, body, self._headers, Role.DECODE, self.engine.url))
-
-    def failed(self, error: UpstreamError) -> None:
-        """No (complete) answer."""
-        self._pair.decode_failed(self.engine, error)
-
-
-class Pair:
+class Pair(Handoff):
     """Serves one prompt by a prefill and a decode engine."""
 
     __slots__ = (
-        "_asked", "_bare", "_began", "_body", "_call", "_decode", "_desk", "_paused", "_place", "_prefill", "_record",
-        "_refused", "_sink", "_ticket", "_tries", "_way", "state",
+        "_alone", "_asked", "_bare", "_began", "_body", "_call", "_coming", "_coming_at", "_continued",
+        "_decode", "_desk", "_fruitless", "_headed", "_path", "_paused", "_place", "_prefill", "_record",
+        "_refused", "_same", "_sink", "_stream", "_streams", "_ticket", "_way", "deadline", "passed", "state",
     )  # fmt: skip
 
     def __init__(
-        self, desk: Desk, way: Way, body: Mapping[str, Any], bare: bytes, asked: Prompt, record: Record, sink: Sink
-    ) -> None:
+        self, desk: Desk, way: Way, path: str, body: Mapping[str, Any], bare: bytes, asked: Prompt, record: Record,
+        sink: Sink, deadline: float = inf,
+    ) -> None:  # fmt: skip
         """Prepare.
 
         Args:
             desk: what all requests share.
             way: path and headers of both legs.
+            path: of the client's request, without a query.
             body: the client's JSON, parsed; it has one prompt.
             bare: the same JSON, encoded, without `kv_transfer_params`.
             asked: by which both engines are chosen.
             record: is told engines and times.
             sink: gets the answer.
+            deadline: loop time at which the client wants to wait no longer.
         """
-        self.state = State.PREFILL
+        self.deadline = deadline
+        self.state = State.WAITING
+        self.passed = sink.body
         self._desk = desk
         self._way = way
+        self._path = path
         self._body = body
         self._bare = bare
         self._asked = asked
@@ -191,54 +134,107 @@ class Pair:
         self._place = -1
         self._prefill: Engine | None = None
         self._decode: Engine | None = None
+        self._same: Engine | None = None
         self._call: Call | None = None
         self._ticket: Ticket | None = None
+        self._streams = body.get("stream") is True
+        self._stream: Stream | None = None
+        self._alone = False
         self._paused = False
-        self._tries = 0
+        self._fruitless = 0
+        self._headed = False
+        self._continued = False
         self._refused: list[Engine] = []
         self._began = 0.0
+        self._coming = 0
+        self._coming_at: Engine | None = None
 
     def start(self) -> None:
-        """Choose both engines and ask prefill."""
+        """Begin, or begin again: choose engines and ask prefill."""
+        if self.state is State.SETTLED:
+            return
+        self.state = State.WAITING
         desk = self._desk
-        prefill = desk.choose(Role.PREFILL, self._asked, self._refused)
-        decode = self._decode or desk.choose(Role.DECODE, self._asked, self._refused)
-        if prefill is None or decode is None:
-            self.settle_failed(no_engine(Role.PREFILL if prefill is None else Role.DECODE))
+        asked = self._asked
+        decode = desk.choose(Role.DECODE, asked, self._refused)
+        if decode is None:
+            self._wait(Role.DECODE)
             return
-        if desk.bypass(self._asked, prefill, decode):
-            self._decode_alone(decode)
+        prefill = self._same
+        if prefill is None or not desk.fleet.may_serve(prefill):
+            prefill = desk.choose(Role.PREFILL, asked, self._refused)
+        if prefill is None:
+            if desk.decode_only and not desk.fleet.healthy(Role.PREFILL):
+                self._decode_alone(decode, "decode_only:no_prefill")
+            else:
+                self._wait(Role.PREFILL)
             return
+        if not desk.has_room(decode, asked):
+            self._wait(None)
+            return
+        if desk.bypass(asked, prefill, decode):
+            self._decode_alone(decode, f"{desk.policies[Role.DECODE].name}:bypass")
+            return
+        if desk.picky and not desk.fits(prefill, decode):
+            decode = desk.choose(Role.DECODE, asked, self._refused, prefill) or decode
+        self._ask_prefill(prefill, decode)
+
+    def _wait(self, role: Role | None) -> None:
+        """Wait for an engine of a role, or for room (None)."""
+        desk = self._desk
+        if role is not None and desk.fleet.healthy(role):
+            # All there are have failed this request before, which is better than nothing, a little later.
+            self._refused = [engine for engine in self._refused if engine.role is not role]
+            desk.later(self, self._fruitless)
+            return
+        desk.waiting.park(self, role)
+
+    def gave_up(self, role: Role | None, seconds: float, retry_after: int) -> None:
+        """It waited as long as a request may wait (`pdrouter.handoff.waiting`)."""
+        if role is not None:
+            self._settle_failed(no_engine(role, seconds, retry_after))
+            return
+        headers = b"retry-after: %d\r\n" % retry_after
+        message = f"No decode engine had room for the request within {seconds:.0f} s; try again in {retry_after} s."
+        self._settle_failed(leg_failure(429, Role.DECODE, "no_room", message, headers))
+
+    # prefill
+
+    def _ask_prefill(self, prefill: Engine, decode: Engine) -> None:
+        desk = self._desk
         self._note(prefill, decode)
-        self._tries += 1
+        self.state = State.PREFILL
         self._began = perf_counter()
         if self._record.prefill_sent_at is None:
             self._record.prefill_sent_at = self._began
+        self._reserve(decode)
         request = self._way.request(prefill, prefill_leg(self._body))
         tokens = self._asked.tokens
         queued = desk.routed(Role.PREFILL, self._asked, prefill)
         self._call = desk.pool.call(prefill, request, PrefillLeg(self, prefill), held=tokens, queued=queued)
 
-    def _decode_alone(self, decode: Engine) -> None:
-        """Let decode compute the prompt too: its policy thinks that this is quicker than prefill and a transfer."""
-        self._decode = decode
-        if self._place < 0:
-            self._place = len(self._record.decode)
-            self._record.prefill.append("none")
-            self._record.decode.append(decode.url)
-        self._record.decode[self._place] = decode.url
-        self._record.reason = f"{self._desk.policies[Role.DECODE].name}:bypass"
-        self._send_decode(decode, self._bare, None, self._desk.routed(Role.DECODE, self._asked, decode))
+    def _reserve(self, decode: Engine | None) -> None:
+        """Keep room on a decode engine for when prefill is done."""
+        before = self._coming_at
+        if before is not None:
+            before.own_coming -= self._coming
+            self._desk.changed(before)
+        self._coming_at = decode
+        if decode is not None:
+            self._coming = self._desk.needs(self._asked)
+            decode.own_coming += self._coming
+            self._desk.changed(decode)
 
-    def _note(self, prefill: Engine, decode: Engine) -> None:
+    def _note(self, prefill: Engine | None, decode: Engine) -> None:
         self._prefill, self._decode = prefill, decode
         record = self._record
+        url = "none" if prefill is None else prefill.url
         if self._place < 0:
             self._place = len(record.decode)
-            record.prefill.append(prefill.url)
+            record.prefill.append(url)
             record.decode.append(decode.url)
         else:
-            record.prefill[self._place] = prefill.url
+            record.prefill[self._place] = url
             record.decode[self._place] = decode.url
 
     def prefilled(self, engine: Engine, status: int, headers: Headers, body: bytes) -> None:
@@ -246,129 +242,329 @@ class Pair:
         now = perf_counter()
         self._call = None
         self._way.ended(status)
-        self._desk.fleet.ended(engine, status)
-        if self._record.prefill_seconds is None:
-            self._record.prefill_seconds = now - self._began
+        desk = self._desk
+        desk.fleet.ended(engine, status)
+        if self.state is State.ABANDONED:
+            self._abandoned(engine, status, body)
+            return
+        record = self._record
+        if record.prefill_seconds is None:
+            record.prefill_seconds = now - self._began
         if status != 200:
-            self.settle_failed(engine_failure(status, body, headers, Role.PREFILL, engine.url))
+            failure = engine_failure(status, body, headers, Role.PREFILL, engine.url)
+            if status < 500:
+                self._settle_failed(failure)
+            else:
+                self._again(engine, failure)
             return
         assert self._decode is not None
-        desk = self._desk
-        if desk.chooses_late:
-            # By now others have begun or ended: the choice made before prefill only served to see whether there is one.
-            self._note(engine, desk.choose(Role.DECODE, self._asked, self._refused) or self._decode)
         try:
             ticket = read_ticket(body, engine, self._decode, self._body.get("model"), desk.loop.time(), desk.lease)
         except TicketError as error:
             message = f"The prefill engine {engine.url} gave no usable ticket: {error}."
-            self.settle_failed(leg_failure(502, Role.PREFILL, "ticket", message))
+            self._again(engine, leg_failure(502, Role.PREFILL, "ticket", message))
             return
-        self._record.ticket_at = now
+        record.ticket_at = now
         self._ticket = ticket
-        self._ask_decode(self._decode, ticket)
+        desk.ledger.issued(ticket, self._asked.tokens)
+        decode = self._decode
+        if desk.chooses_late or not desk.fleet.may_serve(decode):
+            # By now others have begun or ended: the choice made before prefill only served to see whether there is one.
+            self._hand_over_to_another(decode if desk.fleet.may_serve(decode) else None)
+        else:
+            self._hand_over(decode, ticket)
 
-    def _ask_decode(self, decode: Engine, ticket: Ticket) -> None:
-        self._desk.routed(Role.DECODE, self._asked, decode)
-        self._send_decode(decode, decode_leg(self._bare, ticket.params), ticket.expires, 0)
-
-    def _send_decode(self, decode: Engine, body: bytes, not_after: float | None, queued: int) -> None:
-        self.state = State.DECODE
-        request = self._way.request(decode, body)
-        if self._record.decode_sent_at is None:
-            self._record.decode_sent_at = perf_counter()
-        call = self._desk.pool.call(
-            decode, request, DecodeLeg(self, decode, self._sink),
-            not_after=not_after, held=self._asked.tokens, queued=queued,
-        )  # fmt: skip
-        self._call = call
-        if self._paused:
-            call.pause()
-
-    def prefill_too_large(self, engine: Engine) -> None:
-        """Prefill answers more than can be held."""
-        self.abort()
-        self.state = State.PREFILL
-        message = f"The answer of the prefill engine {engine.url} is larger than {_LARGEST} bytes."
-        self.settle_failed(leg_failure(502, Role.PREFILL, "body_over_limit", message))
+    def _abandoned(self, engine: Engine, status: int, body: bytes) -> None:
+        """Prefill has answered, and nobody wants it any more."""
+        self.state = State.SETTLED
+        desk = self._desk
+        if status == 200 and self._decode is not None:
+            with suppress(TicketError):
+                ticket = read_ticket(body, engine, self._decode, None, desk.loop.time(), desk.lease)
+                desk.ledger.issued(ticket, self._asked.tokens)
+                self._ticket = ticket
+                self._give_back(Cause.RELEASED)
 
     def prefill_failed(self, engine: Engine, error: UpstreamError) -> None:
         """Prefill has not answered."""
         self._call = None
         self._way.failed(error.reason)
-        if not isinstance(error, ConnectError):
-            self._desk.fleet.failed(engine, error.reason)
-        else:
-            self._desk.fleet.mark(engine, False, error.reason)
-            self._refused.append(engine)
-            if self._desk.choose(Role.PREFILL, self._asked, self._refused) is not None:
-                self.start()
-                return
-        self.settle_failed(leg_failure(502, Role.PREFILL, error.reason, f"The prefill leg failed: {error}."))
-
-    def decode_failed(self, engine: Engine, error: UpstreamError) -> None:
-        """Decode has not answered to the end."""
-        self._call = None
-        self._way.failed(error.reason)
-        if isinstance(error, TooLateError) and self._tries < _PREFILL_TRIES:
-            self.state = State.PREFILL
-            self.start()
+        if self.state is State.ABANDONED:
+            self.state = State.SETTLED
+            self._broken(engine, error)
             return
+        message = f"The prefill leg failed: {error}."
+        self._broken(engine, error)
+        failure = leg_failure(502, Role.PREFILL, error.reason, message)
         if isinstance(error, ConnectError):
-            self._desk.fleet.mark(engine, False, error.reason)
             self._refused.append(engine)
-            other = self._desk.choose(Role.DECODE, self._asked, self._refused)
-            if other is not None and self._ticket is None:
-                self._decode_alone(other)
-                return
-            if other is not None and self._prefill is not None and self._ticket is not None:
-                self._note(self._prefill, other)
-                self._ask_decode(other, self._ticket)
-                return
-        elif not isinstance(error, TooLateError):
-            self._desk.fleet.failed(engine, error.reason)
-        self.settle_failed(leg_failure(502, Role.DECODE, error.reason, f"The decode leg failed: {error}."))
+            self._desk.later(self, 0)
+        else:
+            self._again(engine, failure)
 
-    def learns(self) -> bool:
-        """Whether the decode policy wants to know what is generated."""
-        return self._desk.learns(Role.DECODE)
+    def prefill_too_large(self, engine: Engine) -> None:
+        """Prefill answers more than can be held."""
+        self._break_off()
+        self._way.failed("aborted")
+        message = f"The answer of the prefill engine {engine.url} is larger than {LARGEST} bytes."
+        self._settle_failed(leg_failure(502, Role.PREFILL, "body_over_limit", message))
 
-    def learn(self, engine: Engine, answer: bytes) -> None:
-        """Tell the decode policy what was generated."""
-        self._desk.answered(Role.DECODE, self._asked, engine, answer)
+    # decode
 
-    def decode_ended(self, engine: Engine, status: int) -> None:
-        """Decode has answered to the end, whatever it said."""
-        self._way.ended(status)
-        self._desk.fleet.ended(engine, status)
+    def _hand_over_to_another(self, otherwise: Engine | None = None) -> None:
+        """Choose who decodes, now that there is a ticket."""
+        desk, ticket, prefill = self._desk, self._ticket, self._prefill
+        assert ticket is not None
+        assert prefill is not None
+        self._reserve(None)
+        decode = desk.choose(Role.DECODE, self._asked, self._refused, prefill if desk.picky else None) or otherwise
+        if decode is None:
+            self._give_back(Cause.RELEASED)
+            self._wait(Role.DECODE)
+            return
+        self._note(prefill, decode)
+        self._hand_over(decode, ticket)
 
-    def decoded(self) -> None:
+    def _hand_over(self, decode: Engine, ticket: Ticket) -> None:
+        desk = self._desk
+        if ticket.cause is not None or ticket.expires < desk.loop.time():
+            self._expired()
+            return
+        ticket.handed = True
+        desk.routed(Role.DECODE, self._asked, decode)
+        self._send_decode(decode, decode_leg(self._bare, ticket.params, self._tells_ids()), ticket, 0)
+
+    def _tells_ids(self) -> bool:
+        """Begin to follow a stream that could go on elsewhere; tell whether ids must be asked for."""
+        if not self._streams or not self._desk.continues or self._stream is not None:
+            return False
+        if (IDS_FIELD in self._body and self._body[IDS_FIELD] is not True) or why_not(self._path, self._body):
+            return False
+        self._stream = Stream(self._path, self._body)
+        return IDS_FIELD not in self._body
+
+    def _decode_alone(self, decode: Engine, reason: str) -> None:
+        """Let decode compute the prompt too."""
+        self._alone = True
+        self._note(None, decode)
+        self._record.reason = reason
+        body = decode_leg(self._bare, None, True) if self._tells_ids() else self._bare
+        self._send_decode(decode, body, None, self._desk.routed(Role.DECODE, self._asked, decode))
+
+    def _send_decode(self, decode: Engine, body: bytes, ticket: Ticket | None, queued: int) -> None:
+        desk = self._desk
+        self.state = State.DECODE
+        self._reserve(None)
+        request = self._way.request(decode, body)
+        if self._record.decode_sent_at is None:
+            self._record.decode_sent_at = perf_counter()
+        leg = DecodeLeg(self, decode, self._stream, not self._streams, desk.learns(Role.DECODE))
+        call = desk.pool.call(decode, request, leg, perishable=ticket, held=desk.needs(self._asked), queued=queued)
+        self._call = call
+        if self._paused:
+            call.pause()
+
+    def began(self, engine: Engine, status: int, headers: Headers) -> None:
+        """The first bytes of decode's answer are there: it has the KV blocks."""
+        ticket = self._ticket
+        if ticket is not None and self._desk.ledger.settle(ticket, Cause.COLLECTED):
+            self._desk.edges.worked(ticket.prefill, engine, self._desk.loop.time() - ticket.received)
+        self._fruitless = 0
+        if not self._headed:
+            self._headed = True
+            self._sink.head(status, headers)
+
+    def decoded(self, engine: Engine, answer: bytes | None) -> None:
         """Decode's answer is complete."""
+        self._way.ended(200)
+        self._desk.fleet.succeeded(engine)
         if self.state is State.SETTLED:
             return
         self.state = State.SETTLED
         self._call = None
-        self._count_prompt()
+        self._count()
         self._sink.end()
+        if answer is not None:
+            self._desk.answered(Role.DECODE, self._asked, engine, answer)
 
-    def settle_failed(self, failure: Failure) -> None:
+    def decode_refused(self, engine: Engine, status: int, headers: Headers, body: bytes) -> None:
+        """Decode has answered with an error."""
+        self._call = None
+        self._way.ended(status)
+        self._desk.fleet.ended(engine, status)
+        failure = engine_failure(status, body, headers, Role.DECODE, engine.url)
+        if status < 500:
+            self._settle_ticket(Cause.REFUSED)
+            self._settle_failed(failure)
+        else:
+            self._decode_lost(engine, failure)
+
+    def decode_failed(self, engine: Engine, error: UpstreamError) -> None:
+        """Decode has not answered to the end."""
+        self._way.failed(error.reason)
+        self._break_off()
+        if self.state is State.SETTLED:
+            return
+        if isinstance(error, TooLateError):
+            self._expired()
+            return
+        if isinstance(error, EngineEventError):
+            self._desk.fleet.ended(engine, error.status)
+            failure = Failure(error.status, error.event, Role.DECODE, f"status_{error.status}")
+            if error.status < 500:
+                self._settle_ticket(Cause.REFUSED)
+                self._settle_failed(failure)
+                return
+        else:
+            self._broken(engine, error)
+            failure = leg_failure(502, Role.DECODE, error.reason, f"The decode leg failed: {error}.")
+        if isinstance(error, ConnectError):
+            self._refused.append(engine)
+            ticket = self._ticket
+            if ticket is None or self._alone:
+                self._desk.later(self, 0)
+                return
+            ticket.handed = False
+            self._hand_over_to_another()
+            return
+        self._decode_lost(engine, failure)
+
+    def _decode_lost(self, engine: Engine, failure: Failure) -> None:
+        """Decode failed with the request in its hands."""
+        ticket = self._ticket
+        if ticket is not None and ticket.cause is None:
+            if self._desk.fleet.may_serve(engine):
+                self._desk.edges.failed(ticket.prefill, engine, failure.reason)
+            self._give_back(Cause.LOST)
+        if self._headed and self._stream is not None:
+            self._go_on(engine, failure)
+        elif self._headed:
+            self._settle_failed(failure)
+        else:
+            self._again(engine, failure)
+
+    def _go_on(self, engine: Engine, failure: Failure) -> None:
+        """Continue a stream on other engines."""
+        stream = self._stream
+        assert stream is not None
+        try:
+            told = stream.go_on(self._desk.longest_context())
+        except CannotGoOnError as error:
+            message = f"The stream broke off at {engine.url} and cannot go on elsewhere: {error}."
+            self._settle_failed(leg_failure(502, Role.DECODE, "not_continued", message))
+            return
+        if isinstance(told, bytes):
+            self.state = State.SETTLED
+            self.passed(told)
+            self._count()
+            self._sink.end()
+            return
+        self._record.continued += 1
+        self._continued = True
+        self._body = told
+        self._bare = self._desk.encoded(told)
+        self._asked = Prompt(self._asked.key, told, self._asked.session)
+        if self._path == CHAT:
+            self._way.at(COMPLETIONS.encode())
+        self._again(engine, failure)
+
+    def _expired(self) -> None:
+        """The ticket's time is over before decode could have it: prefill again, at the same engine for its cache."""
+        ticket = self._ticket
+        if ticket is not None:
+            self._desk.ledger.settle(ticket, Cause.EXPIRED)
+            self._same = ticket.prefill
+        self._ticket = None
+        self._again(None, leg_failure(504, Role.DECODE, "ticket_expired", "The ticket expired before decode had it."))
+
+    # failing
+
+    def _broken(self, engine: Engine, error: UpstreamError) -> None:
+        if isinstance(error, ConnectError):
+            self._desk.fleet.mark(engine, False, error.reason)
+        else:
+            self._desk.fleet.failed(engine, error.reason)
+
+    def _again(self, engine: Engine | None, failure: Failure) -> None:
+        """Try with other engines, unless this request has had its tries or there are too many tries in all."""
+        desk = self._desk
+        self._reserve(None)
+        self._fruitless += 1
+        if engine is not None:
+            self._refused.append(engine)
+            if engine.role is Role.DECODE:
+                self._same = self._prefill
+            elif self._same is engine:
+                self._same = None
+        if self._fruitless > EACH or not desk.retries.spend(desk.admission.running):
+            self._settle_failed(failure)
+            return
+        self._record.retries += 1
+        self._ticket = None
+        self._alone = False
+        self.state = State.WAITING
+        desk.later(self, self._fruitless - 1)
+
+    def _settle_ticket(self, cause: Cause) -> None:
+        if self._ticket is not None:
+            self._desk.ledger.settle(self._ticket, cause)
+
+    def _give_back(self, cause: Cause) -> None:
+        """Have the blocks of a ticket freed that may not have been fetched."""
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None and ticket.cause is None:
+            self._desk.release.give_back(ticket, self._body.get("model"), cause)
+
+    def _settle_failed(self, failure: Failure) -> None:
         """End without an answer."""
         if self.state is State.SETTLED:
             return
         self.state = State.SETTLED
-        self._call = None
+        self._break_off()
+        self._give_back(Cause.RELEASED)
+        self._reserve(None)
         self._sink.failed(failure)
 
-    def _count_prompt(self) -> None:
-        if self._ticket is not None and self._ticket.prompt_tokens is not None:
-            self._record.prompt_tokens = (self._record.prompt_tokens or 0) + self._ticket.prompt_tokens
+    def _count(self) -> None:
+        record = self._record
+        ticket = self._ticket
+        if ticket is not None and ticket.prompt_tokens is not None and not self._continued:
+            record.prompt_tokens = (record.prompt_tokens or 0) + ticket.prompt_tokens
 
-    def abort(self) -> None:
-        """Break off whichever leg is under way; the sink hears nothing more."""
-        self.state = State.SETTLED
+    def _break_off(self) -> None:
         call, self._call = self._call, None
         if call is not None:
             call.abort()
+
+    def abort(self) -> None:
+        """Break off whichever leg is under way; the sink hears nothing more."""
+        desk = self._desk
+        desk.waiting.leave(self)
+        if self.state is State.PREFILL and self._call is not None and self._nearly_prefilled():
+            self.state = State.ABANDONED
+            self._reserve(None)
+            desk.loop.call_later(_ABANDONED, self.break_off)
+            return
+        self.state = State.SETTLED
+        self._break_off()
+        self._give_back(Cause.RELEASED)
+        self._reserve(None)
         self._way.failed("aborted")
+
+    def _nearly_prefilled(self) -> bool:
+        """Whether prefill is likely to be done by now or soon.
+
+        Prefill that is broken off in the moment in which it ends leaves blocks pinned under a ticket that nobody knows.
+        """
+        prefill = self._prefill
+        return prefill is not None and prefill.queued_tokens + self._asked.tokens < _SOON
+
+    def break_off(self) -> None:
+        """End an abandoned leg that takes too long after all."""
+        if self.state is State.ABANDONED:
+            self.state = State.SETTLED
+            self._break_off()
+            self._way.failed("aborted")
 
     def pause(self) -> None:
         """Hold up decode's answer; prefill's is needed in any case."""

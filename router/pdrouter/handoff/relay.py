@@ -29,6 +29,7 @@ class Relay(Delivery):
         self._status = 0
         self._headers = b""
         self._held: list[bytes] | None = None
+        self._write = client.write
         self._before = b""
         self._last = b""
 
@@ -66,7 +67,7 @@ class Relay(Delivery):
             return
         self._before = self._last
         self._last = data
-        self.client.write(data)
+        self._write(data)
 
     def end(self) -> None:
         """The answer is complete."""
@@ -79,6 +80,7 @@ class Relay(Delivery):
             usage = told_usage(whole[-_TAIL:])
         if usage is not None:
             self.record.prompt_tokens, self.record.completion_tokens = usage
+            self.desk.answered_with(usage[1])
         self.settle(self._status)
         if self._held is None:
             self.client.finish()

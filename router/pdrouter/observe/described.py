@@ -73,7 +73,47 @@ QUEUED_TOKENS = Described(
     ("vllm_router_pd_active_prefill_tokens", "vllm_router_pd_unknown_prefill_requests"),
 )  # fmt: skip
 HELD_TOKENS = Described(
-    "pd_router_held_tokens", "gauge", ("engine", "role"), "Prompt tokens of the requests that an engine is working on.",
+    "pd_router_held_tokens", "gauge", ("engine", "role"),
+    "Tokens that requests hold of an engine's KV cache or will hold: prompts, on decode also predicted answers.",
+)  # fmt: skip
+PINNED = Described(
+    "pd_router_pinned_kv_tokens", "gauge", ("engine",),
+    "Prompt tokens whose KV blocks a prefill engine keeps for decode to fetch.",
+)  # fmt: skip
+TICKETS = Described(
+    "pd_router_tickets", "gauge", ("engine", "state"),
+    "Open tickets of a prefill engine: held by the router, or handed to a decode engine that has not answered yet.",
+)  # fmt: skip
+TICKETS_ENDED = Described(
+    "pd_router_tickets_ended", "counter", ("engine", "cause"),
+    "Tickets by how they ended: collected, refused, released, lost, expired, void.",
+)  # fmt: skip
+EDGE_HANDOFFS = Described(
+    "pd_router_edge_handoffs", "counter", ("prefill", "decode"), "Tickets that decode collected, by both engines.",
+)  # fmt: skip
+EDGE_SECONDS = Described(
+    "pd_router_edge_seconds", "gauge", ("prefill", "decode"),
+    "Mean time, recent handoffs counting more, from a ticket to decode's first byte.",
+)  # fmt: skip
+EDGE_CLOSED = Described(
+    "pd_router_edge_closed", "gauge", ("prefill", "decode"),
+    "1 while a way between two engines is left alone although both serve others.",
+)  # fmt: skip
+RETRIES = Described(
+    "pd_router_retries", "counter", ("outcome",),
+    "Further tries of requests: spent, or refused because too many requests were being tried again.",
+)  # fmt: skip
+CONTINUED = Described("pd_router_continued_streams", "counter", (), "Streams that went on with other engines.")
+CANARIES = Described(
+    "pd_router_canaries", "counter", ("outcome",), "Canaries by outcome: alike, differs, failed (no answer).",
+)  # fmt: skip
+CANARY_DIFFERS = Described(
+    "pd_router_canary_differs", "gauge", ("prefill", "decode"),
+    "1 while the last canary over this way was answered otherwise than by decode alone: KV blocks come over wrong.",
+)  # fmt: skip
+WAITING = Described(
+    "pd_router_requests_waiting", "gauge", ("for",),
+    "Prompts that wait for a prefill engine, for a decode engine, or for room in decode's KV caches. To scale by.",
 )  # fmt: skip
 HEALTHY = Described("pd_router_engine_healthy", "gauge", ("engine", "role"), "1 while an engine's /health answers 200.")
 BREAKER = Described("pd_router_breaker_open", "gauge", ("engine", "role"), "1 while a failing engine is left alone.")
@@ -91,5 +131,6 @@ WORKERS = Described("pd_router_workers", "gauge", (), "Worker processes that tol
 
 ALL = (
     REQUESTS, ERRORS, DECISIONS, PAIRS, LEGS, PREDICTED, TOKENS, DURATION, ROUTING, TTFT, HANDOFF, PREFILL, IN_FLIGHT,
-    QUEUED_TOKENS, HELD_TOKENS, HEALTHY, BREAKER, METRICS_AGE, RUNNING, QUEUED, SOURCE_AGE, WORKERS,
+    QUEUED_TOKENS, HELD_TOKENS, PINNED, TICKETS, TICKETS_ENDED, EDGE_HANDOFFS, EDGE_SECONDS, EDGE_CLOSED, HEALTHY,
+    BREAKER, METRICS_AGE, RUNNING, QUEUED, WAITING, RETRIES, CONTINUED, CANARIES, CANARY_DIFFERS, SOURCE_AGE, WORKERS,
 )  # fmt: skip

@@ -11,13 +11,15 @@ if TYPE_CHECKING:
 class Record:
     """Filled while a request is served, read once at its end. Times are `perf_counter` seconds.
 
-    `generation` tells requests for text from those for anything else; only they count as pairs.
+    `generation` tells requests for text from those for anything else; only they count as pairs. `retries` counts tries
+    with other engines after the first, `continued` those of them that went on with a stream.
     """
 
     __slots__ = (
-        "completion_tokens", "decode", "decode_sent_at", "error_leg", "error_reason", "first_byte_at", "generation",
+        "completion_tokens", "continued", "decode", "decode_sent_at", "error_leg", "error_reason", "first_byte_at",
+        "generation",
         "path", "prefill", "prefill_seconds", "prefill_sent_at", "prompt_tokens", "reason", "request_id",
-        "span", "started", "status", "ticket_at",
+        "retries", "span", "started", "status", "ticket_at",
     )  # fmt: skip
 
     def __init__(self, request_id: str, path: str, reason: str = "", generation: bool = False) -> None:
@@ -36,6 +38,8 @@ class Record:
         self.first_byte_at: float | None = None
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None
+        self.retries = 0
+        self.continued = 0
         self.error_leg: str | None = None
         self.error_reason: str | None = None
         self.span: RequestSpan | None = None

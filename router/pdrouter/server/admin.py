@@ -9,6 +9,7 @@ import orjson
 from pdrouter.discovery.found import Found
 from pdrouter.fleet.engine import Role
 from pdrouter.fleet.fleet import Fleet
+from pdrouter.handoff.edges import Edges
 from pdrouter.handoff.failure import JSON_HEADERS
 from pdrouter.observe.decisions import Decisions
 from pdrouter.openai.errors import error_body
@@ -48,16 +49,19 @@ class AdminRoutes:
     """Serves the admin port."""
 
     def __init__(
-        self, fleet: Fleet, decisions: Decisions | None, tell: Callable[[str, dict[str, Any]], None] | None = None
-    ) -> None:
+        self, fleet: Fleet, edges: Edges, decisions: Decisions | None,
+        tell: Callable[[str, dict[str, Any]], None] | None = None,
+    ) -> None:  # fmt: skip
         """Prepare.
 
         Args:
             fleet: whom changes go to.
+            edges: what `/debug/edges` shows.
             decisions: what `/debug/routing` shows, or None when nothing is kept.
             tell: passes a change on to the router's other processes.
         """
         self._fleet = fleet
+        self._edges = edges
         self._decisions = decisions
         self._tell = tell
         self._paths: dict[bytes, tuple[bytes, Callable[[ClientRequest], object]]] = {
@@ -65,6 +69,7 @@ class AdminRoutes:
             b"/add_worker": (b"POST", self._add_worker),
             b"/remove_worker": (b"POST", self._remove_worker),
             b"/debug/routing": (b"GET", self._routing),
+            b"/debug/edges": (b"GET", self._ways),
         }
 
     def handle(self, request: ClientRequest) -> None:
@@ -133,3 +138,13 @@ class AdminRoutes:
         if self._decisions is None:
             raise AdminError("Decisions are not kept; start the router with --debug-routing 128.")
         return {"decisions": list(self._decisions.shown())}
+
+    def _ways(self, request: ClientRequest) -> object:
+        return {"edges": [
+            {
+                "prefill": edge.prefill.url, "decode": edge.decode.url, "closed": edge.closed,
+                "handoffs": edge.handoffs, "failures": edge.failures, "seconds": round(edge.seconds, 4),
+                "last_error": edge.last_error or None,
+            }
+            for edge in self._edges
+        ]}  # fmt: skip

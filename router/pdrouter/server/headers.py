@@ -27,4 +27,15 @@ def request_id(told: bytes | None) -> str:
     """Give the client's request id when it is harmless in headers, ids and logs, else a new one."""
     if told is not None and _CLEAN_ID.fullmatch(told):
         return told.decode()
-    return f"{random.getrandbits(128):032x}"  # unique, not secret: uuid4 would cost a system call
+    return random.randbytes(16).hex()  # unique, not secret: uuid4 would cost a system call
+
+
+def budget(told: bytes | None, most: float) -> float | None:
+    """Read how many seconds the client gives its request (`x-request-timeout`), if it tells a number."""
+    if told is None:
+        return None
+    try:
+        seconds = float(told)
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < most else None

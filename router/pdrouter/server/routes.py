@@ -3,16 +3,18 @@
 import asyncio
 import hmac
 from collections.abc import Awaitable, Callable
+from math import inf
 
 import orjson
 
-from pdrouter.handoff.alone import Alone
+from pdrouter.handoff.alone import Alone, streams
 from pdrouter.handoff.batch import Batch, Part
+from pdrouter.handoff.delivery import Delivery
 from pdrouter.handoff.desk import Desk
 from pdrouter.handoff.failure import JSON_HEADERS
-from pdrouter.handoff.leg import Way
 from pdrouter.handoff.pair import Pair, Served
 from pdrouter.handoff.relay import Relay
+from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
 from pdrouter.observe.traces import CONTEXT
 from pdrouter.openai.asked import CHAT, COMPLETIONS, Asked, read
@@ -23,7 +25,7 @@ from pdrouter.openai.legs import without_ticket
 from pdrouter.openai.routing_key import KeySources, bytes_key
 from pdrouter.policies import RoutingKey
 from pdrouter.server.connection import ClientRequest
-from pdrouter.server.headers import forwarded, request_id
+from pdrouter.server.headers import budget, forwarded, request_id
 from pdrouter.settings import Settings
 
 GENERATIONS = frozenset((COMPLETIONS, CHAT))
@@ -135,9 +137,15 @@ class Routes:
             record.reason = desk.pair_reason(key)
             relay = Relay(desk, request, record)
             way = Way(b"POST", request.target, told, record.request_id, record.span)
-            relay.begin(
-                Pair(desk, way, asked.body, without_ticket(asked.body, raw), Prompt(key, asked.body), record, relay)
-            )
+            bare = without_ticket(asked.body, raw)
+            deadline = self._deadline(request, relay)
+            relay.begin(Pair(desk, way, path, asked.body, bare, Prompt(key, asked.body), record, relay, deadline))
+
+    def _deadline(self, request: ClientRequest, delivery: Delivery) -> float:
+        """Note how long the client wants to wait; give the loop time at which that is over."""
+        most = self._desk.deadlines.seconds
+        delivery.budget = budget(request.header(b"x-request-timeout"), most)
+        return self._desk.loop.time() + (delivery.budget or most)
 
     def _told(self, request: ClientRequest, record: Record) -> bytes:
         """Encode the client's headers that go on; when there are traces, each leg adds a trace context of its own."""
@@ -153,13 +161,15 @@ class Routes:
         record.reason = f"single_engine:{asked.alone}"
         relay = Relay(desk, request, record)
         way = Way(b"POST", request.target, told, record.request_id, record.span)
-        relay.begin(Alone(desk, way, without_ticket(asked.body, raw), Prompt(key, asked.body), record, relay))
+        bare, deadline = without_ticket(asked.body, raw), self._deadline(request, relay)
+        relay.begin(Alone(desk, way, bare, Prompt(key, asked.body), record, relay, streams(asked.body), deadline))
 
     def _generate_batch(
         self, request: ClientRequest, asked: Asked, prompts: list[object], record: Record, told: bytes
     ) -> None:
         desk = self._desk
         whole = self._keys.header_key(request.headers)
+        deadline = desk.loop.time() + (budget(request.header(b"x-request-timeout"), desk.deadlines.seconds) or inf)
 
         def make(number: int, part: Part) -> Served:
             body = part_body(asked.body, prompts[number])
@@ -168,9 +178,11 @@ class Routes:
             if number == 0:
                 record.reason = f"{desk.pair_reason(key)}:batch_of_{len(prompts)}"
             way = Way(b"POST", request.target, told, f"{record.request_id}-{number}", record.span)
-            return Pair(desk, way, body, bare, Prompt(key, body), record, part)
+            return Pair(desk, way, COMPLETIONS, body, bare, Prompt(key, body), record, part, deadline)
 
-        Batch(desk, request, record, len(prompts), choices_per_prompt(asked.body), asked.stream, make).run()
+        batch = Batch(desk, request, record, len(prompts), choices_per_prompt(asked.body), asked.stream, make)
+        batch.budget = budget(request.header(b"x-request-timeout"), desk.deadlines.seconds)
+        batch.run()
 
     # everything else
 
@@ -186,7 +198,9 @@ class Routes:
         relay = Relay(desk, request, record)
         method = b"GET" if request.method == b"HEAD" else request.method
         way = Way(method, request.target, told, record.request_id, record.span)
-        relay.begin(Alone(desk, way, request.body, Prompt(key, {}), record, relay))
+        relay.begin(
+            Alone(desk, way, request.body, Prompt(key, {}), record, relay, False, self._deadline(request, relay))
+        )
 
     @staticmethod
     def _path_key(request: ClientRequest) -> RoutingKey:

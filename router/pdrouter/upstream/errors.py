@@ -31,6 +31,12 @@ class TooLateError(UpstreamError):
     reason = "too_late"
 
 
+class StalledError(UpstreamError):
+    """The engine keeps its connections open but has sent nothing for too long."""
+
+    reason = "stalled"
+
+
 class RouterFailureError(UpstreamError):
     """The router itself failed on an answer: a bug."""
 

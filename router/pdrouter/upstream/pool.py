@@ -1,13 +1,19 @@
 """Calls to engines over kept connections."""
 
 import asyncio
-from typing import cast
+from typing import Protocol, cast
 
 from pdrouter.fleet.engine import Engine
 from pdrouter.fleet.rows import Rows
 from pdrouter.outbox import Outbox
 from pdrouter.upstream.connection import EngineConnection, Receiver
 from pdrouter.upstream.errors import ConnectError, TooLateError, UpstreamError
+
+
+class Perishable(Protocol):
+    """What a request carries that loses its sense at a loop time, which may come nearer."""
+
+    expires: float
 
 
 class Call:
@@ -18,16 +24,16 @@ class Call:
 
     __slots__ = (
         "_connecting", "_connection", "_counted", "_held", "_pool", "_queued", "_request", "_reused",
-        "began", "engine", "not_after", "paused", "receiver",
+        "began", "engine", "paused", "perishable", "receiver",
     )  # fmt: skip
 
     def __init__(
-        self, pool: "Pool", engine: Engine, request: bytes, receiver: Receiver, not_after: float | None, counted: bool,
-        held: int, queued: int,
+        self, pool: "Pool", engine: Engine, request: bytes, receiver: Receiver, perishable: Perishable | None,
+        counted: bool, held: int, queued: int,
     ) -> None:  # fmt: skip
         self.engine = engine
         self.receiver = receiver
-        self.not_after = not_after
+        self.perishable = perishable
         self.began = False
         self.paused = False
         self._pool = pool
@@ -40,6 +46,7 @@ class Call:
             engine.own_in_flight += 1
             engine.own_held += held
             engine.own_queued += queued
+            pool.open(engine)[self] = None
             if pool.rows is not None:
                 pool.rows.changed(engine)
         connection = self._connection = pool.take(engine)
@@ -56,7 +63,7 @@ class Call:
     def connected(self, connection: EngineConnection) -> None:
         """Send over a fresh connection, unless it came too late."""
         self._connecting = None
-        if self.not_after is not None and self._pool.loop.time() > self.not_after:
+        if self.perishable is not None and self._pool.loop.time() > self.perishable.expires:
             self._pool.put(connection)
             self.lost(TooLateError(f"no connection to {self.engine.url} in time"))
             return
@@ -69,15 +76,23 @@ class Call:
             connection.pause()
 
     def lost(self, error: UpstreamError) -> None:
-        """The connection failed: try once more if only a kept connection had gone stale, else fail."""
+        """The connection failed: try once more if only a kept connection had gone stale, else fail.
+
+        What perishes is not sent twice: the engine may have used it before the connection broke.
+        """
         self._connection = None
         self._connecting = None
-        if self._reused and not self.began and not isinstance(error, TooLateError):
+        if self._reused and not self.began and self.perishable is None:
             # A server may close an idle connection in the same moment in which a request is sent over it.
             self._reused = False
             self._connect()
             return
         self.over()
+        self.receiver.failed(error)
+
+    def fail(self, error: UpstreamError) -> None:
+        """Break it off and let the receiver know."""
+        self.abort()
         self.receiver.failed(error)
 
     def over(self) -> None:
@@ -88,6 +103,7 @@ class Call:
             engine.own_in_flight -= 1
             engine.own_held -= self._held
             engine.own_queued -= self._queued
+            del self._pool.open(engine)[self]
             if self._pool.rows is not None:
                 self._pool.rows.changed(engine)
         self._connection = None
@@ -141,6 +157,7 @@ class Pool:
         self._connect_timeout = connect_timeout
         self._idle_timeout = idle_timeout
         self._idle: dict[Engine, list[EngineConnection]] = {}
+        self._open: dict[Engine, dict[Call, None]] = {}
         self._sweep = loop.call_later(1.0, self._close_idle)
         self._closed = False
 
@@ -150,7 +167,7 @@ class Pool:
         request: bytes,
         receiver: Receiver,
         *,
-        not_after: float | None = None,
+        perishable: Perishable | None = None,
         counted: bool = True,
         held: int = 0,
         queued: int = 0,
@@ -161,12 +178,27 @@ class Pool:
             engine: whom to ask.
             request: all of it, head and body.
             receiver: gets the answer, never before this returns.
-            not_after: loop time after which the request must not be sent any more (`TooLateError`).
+            perishable: what the request carries; it is not sent when that has lost its sense (`TooLateError`).
             counted: whether it counts in the engine's load row at all.
             held: tokens that the engine holds for it until it is over.
             queued: tokens that the engine has to compute before its answer begins.
         """
-        return Call(self, engine, request, receiver, not_after, counted, held, queued)
+        return Call(self, engine, request, receiver, perishable, counted, held, queued)
+
+    def open(self, engine: Engine) -> dict[Call, None]:
+        """Give the counted calls to an engine that are not over."""
+        calls = self._open.get(engine)
+        if calls is None:
+            calls = self._open[engine] = {}
+        return calls
+
+    def give_up(self, engine: Engine, error: UpstreamError) -> int:
+        """Fail all calls to an engine that does not answer any more; give how many there were."""
+        calls = list(self._open.get(engine, ()))
+        for call in calls:
+            if call in self.open(engine):
+                call.fail(error)
+        return len(calls)
 
     def take(self, engine: Engine) -> EngineConnection | None:
         """Give an idle connection that is fresh enough, the most recently used first."""
@@ -218,6 +250,8 @@ class Pool:
         """Close idle connections to an engine that is gone."""
         for connection in self._idle.pop(engine, ()):
             connection.abort()
+        if not self._open.get(engine):
+            self._open.pop(engine, None)
 
     def _close_idle(self) -> None:
         oldest = self.loop.time() - self._idle_timeout

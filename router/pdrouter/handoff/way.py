@@ -17,6 +17,10 @@ class Way:
         self._leg: LegSpan | None = None
         self._suffix = b"\r\nx-request-id: %b\r\n%bcontent-length: " % (request_id.encode(), forwarded)
 
+    def at(self, target: bytes) -> None:
+        """Go to another path from now on."""
+        self._prefix = b"POST %b HTTP/1.1\r\nhost: " % target
+
     def request(self, engine: Engine, body: bytes) -> bytes:
         """Give the whole request for an engine: a leg begins."""
         if self._span is not None:
@@ -36,3 +40,9 @@ class Way:
         if self._leg is not None:
             self._leg.failed(reason)
             self._leg = None
+
+
+def own_request(engine: Engine, body: bytes, authorization: bytes) -> bytes:
+    """Write out a completion that the router asks for for itself; `authorization` is a header line or nothing."""
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n" % engine.authority
+    return b"%b%bcontent-length: %d\r\n\r\n%b" % (head, authorization, len(body), body)

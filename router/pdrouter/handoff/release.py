@@ -1,0 +1,101 @@
+"""Giving back tickets that nobody will use, so that their KV blocks are free at once and not when the lease ends.
+
+The wire has one way for it: a decode engine that refuses a request tells prefill to forget the request's blocks
+(`pdrouter.openai.legs.release_leg`). It must have met that prefill engine before, for a first meeting only begins to
+shake hands. A ticket that cannot be given back stays in the ledger until its lease is over.
+"""
+
+from pdrouter.fleet.engine import Engine, Role
+from pdrouter.fleet.fleet import Fleet
+from pdrouter.handoff.edges import Edges
+from pdrouter.handoff.ledger import Ledger
+from pdrouter.handoff.ticket import Cause, Ticket
+from pdrouter.handoff.way import own_request
+from pdrouter.openai.legs import release_leg
+from pdrouter.upstream.connection import Headers
+from pdrouter.upstream.errors import UpstreamError
+from pdrouter.upstream.pool import Pool
+
+_SHAKEN = 0.5  # seconds in which two engines have met
+
+
+class _Giving:
+    """One request that shall be refused."""
+
+    def __init__(self, release: "Release", ticket: Ticket, body: bytes, cause: Cause, engines: list[Engine]) -> None:
+        self._release = release
+        self._ticket = ticket
+        self._body = body
+        self._cause = cause
+        self._engines = engines
+        self._engine: Engine | None = None
+        self._again = False
+        self._status = 0
+
+    def send(self) -> None:
+        """Ask the next engine."""
+        if not self._engines or self._ticket.cause is not None:
+            return
+        self._engine = engine = self._engines.pop(0)
+        request = own_request(engine, self._body, self._release.authorization)
+        self._release.pool.call(engine, request, self, perishable=self._ticket, counted=False)
+
+    def head(self, status: int, headers: Headers) -> None:
+        """Take the status."""
+        self._status = status
+
+    def body(self, data: bytes) -> None:
+        """Take what is of no interest."""
+
+    def end(self) -> None:
+        """A 4xx is what was wanted."""
+        if not 400 <= self._status < 500:
+            self.send()
+        elif self._engine is not None and not self._again and not self._release.met(self._ticket.prefill, self._engine):
+            # The two only shook hands; the next request of this engine makes it tell prefill.
+            self._again = True
+            self._engines.insert(0, self._engine)
+            self._release.pool.loop.call_later(_SHAKEN, self.send)
+        else:
+            self._release.ledger.settle(self._ticket, self._cause)
+
+    def failed(self, error: UpstreamError) -> None:
+        """Ask another."""
+        self.send()
+
+
+class Release:
+    """Gives tickets back."""
+
+    def __init__(self, fleet: Fleet, pool: Pool, ledger: Ledger, edges: Edges, api_key: str | None) -> None:
+        """Prepare.
+
+        Args:
+            fleet: whose decode engines are asked.
+            pool: connections to them.
+            ledger: is told when a ticket is settled.
+            edges: knows which engines have met.
+            api_key: what engines want to see.
+        """
+        self.pool = pool
+        self.ledger = ledger
+        self.authorization = f"authorization: Bearer {api_key}\r\n".encode() if api_key else b""
+        self._fleet = fleet
+        self._edges = edges
+
+    def give_back(self, ticket: Ticket, model: object, cause: Cause) -> None:
+        """Have a ticket's blocks freed; the ledger hears of it when a decode engine has refused them."""
+        ticket.handed = False
+        if not self._fleet.may_serve(ticket.prefill):
+            self.ledger.settle(ticket, cause)
+            return
+        prefill = ticket.prefill
+        engines: list[Engine] = [
+            one for one in self._fleet.healthy(Role.DECODE) if not self._edges.closed(prefill, one)
+        ]
+        engines.sort(key=lambda one: not self.met(prefill, one))
+        _Giving(self, ticket, release_leg(model, ticket.params), cause, engines[:3]).send()
+
+    def met(self, prefill: Engine, decode: Engine) -> bool:
+        """Whether two engines have exchanged blocks before."""
+        return self._edges.met(prefill, decode)

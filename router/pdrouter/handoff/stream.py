@@ -1,0 +1,213 @@
+"""A stream on its way to the client that another engine could go on with.
+
+The engine is asked to tell token ids; they are kept here and cut out again, so that the client gets what it asked for.
+Kept besides are the last events, which tell where a continuation may begin (`pdrouter.openai.continuation`).
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from pdrouter.openai.continuation import IDS_FIELD, Rest, Told, continued_body, cut, held_back, told_by
+
+DONE = b"data: [DONE]\n\n"
+_IDS = b'"token_ids":['
+_PROMPT_IDS = b'"prompt_token_ids":['
+_ERROR = b'data: {"error":'
+_RECENT = 48  # events; more than stop strings and incomplete characters make text lag behind
+
+
+class CannotGoOnError(Exception):
+    """A stream cannot be continued exactly; the message says why."""
+
+
+def _numbers(told: bytes) -> list[int]:
+    return [int(number) for number in told.split(b",") if number]
+
+
+class Stream:
+    """One generation, over as many engines as it takes."""
+
+    __slots__ = (
+        "_body", "_continuous", "_cut_prompt", "_first", "_generated", "_held", "_keeps_ids", "_path", "_prompt",
+        "_recent", "_rest", "_rewrite", "_usage_told", "_whole", "begun", "complete", "error",
+    )  # fmt: skip
+
+    def __init__(self, path: str, body: Mapping[str, Any]) -> None:
+        """Prepare.
+
+        Args:
+            path: of the client's request.
+            body: its JSON, which asks for a stream of one choice.
+        """
+        self.error: bytes | None = None
+        self.begun = False
+        self.complete = False
+        self._path = path
+        self._body = body
+        options = body.get("stream_options")
+        self._continuous = bool(isinstance(options, dict) and options.get("continuous_usage_stats"))
+        self._keeps_ids = bool(body.get(IDS_FIELD))
+        self._held = -1
+        self._prompt: bytes | None = None
+        self._cut_prompt = False
+        self._generated = bytearray()
+        self._recent: deque[bytes | Told] = deque(maxlen=_RECENT)
+        self._whole = True
+        self._rest = b""
+        self._first: dict[str, Any] | None = None
+        self._rewrite: Rest | None = None
+        self._usage_told = False
+
+    @property
+    def generated(self) -> int:
+        """How many tokens were told."""
+        return self._generated.count(b",")
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes of an engine's answer; give what goes to the client, whole events only.
+
+        After an error event `error` is set and what follows is dropped.
+        """
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        end = data.rfind(b"\n\n") + 2
+        if end != len(data):
+            if end == 1:
+                self._rest = data
+                return b""
+            self._rest, data = data[end:], data[:end]
+        at = data.find(_ERROR)
+        if at >= 0:
+            self.error = data[at + 6 : data.find(b"\n\n", at)]
+            data = data[:at]
+            if not data:
+                return b""
+        if self._rewrite is not None:
+            return self._rewritten(data)
+        if not self._cut_prompt:
+            data = self._without_prompt(data)
+        self._keep(data)
+        parts = data.split(_IDS)
+        if len(parts) > 1:
+            for number in range(1, len(parts)):
+                part = parts[number]
+                at = part.find(b"]")
+                if at > 0:
+                    self._generated += part[:at]
+                    self._generated += b","
+                parts[number] = part[at + 1 :]
+            if not self._keeps_ids:
+                data = b'"token_ids":null'.join(parts)
+        if data.endswith(DONE):
+            self.complete = True
+        return data
+
+    def _keep(self, one: bytes | Told) -> None:
+        recent = self._recent
+        if len(recent) == _RECENT:
+            self._whole = False
+        recent.append(one)
+        self.begun = True
+
+    def _without_prompt(self, data: bytes) -> bytes:
+        at = data.find(_PROMPT_IDS)
+        if at >= 0:
+            begin = at + len(_PROMPT_IDS)
+            end = data.find(b"]", begin)
+            self._prompt = data[begin:end]
+            self._cut_prompt = True
+            if not self._keeps_ids:
+                return b'%b"prompt_token_ids":null%b' % (data[:at], data[end + 1 :])
+        elif len(self._recent) > 1:
+            self._cut_prompt = True  # this engine tells none
+        return data
+
+    # when the engine is gone
+
+    def _read(self) -> list[Told]:
+        """Read the recent events, which stay raw while all goes well."""
+        told: list[Told] = []
+        for one in self._recent:
+            if isinstance(one, Told):
+                told.append(one)
+                continue
+            for event in one.split(b"\n\n"):
+                if not event.startswith(b"data: {"):
+                    continue
+                chunk = orjson.loads(event[6:])
+                if self._first is None:
+                    self._first = chunk
+                said = told_by(chunk)
+                if said is None:
+                    self._usage_told = self._usage_told or chunk.get("usage") is not None
+                else:
+                    told.append(said)
+                    choice = chunk["choices"][0]
+                    delta = choice.get("delta")
+                    if isinstance(delta, dict) and (delta.get("reasoning") or delta.get("tool_calls")):
+                        raise CannotGoOnError("the engine parses reasoning or tools out of the text")
+        return told
+
+    def go_on(self, room: int | None) -> dict[str, Any] | bytes:
+        """Give the body of the completion that goes on, or the events that are missing where only the end is.
+
+        Args:
+            room: the longest context that engines take, if known.
+
+        Raises:
+            CannotGoOnError: it would not be exact.
+        """
+        self._rest = b""
+        self.error = None
+        if self._prompt is None:
+            raise CannotGoOnError("the engine does not tell token ids")
+        try:
+            recent = self._read()
+        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+            raise CannotGoOnError(f"the stream cannot be read: {error}") from None
+        prompt, generated = _numbers(self._prompt), _numbers(bytes(self._generated))
+        if recent and recent[-1].finish:
+            return self._end(len(prompt), len(generated))
+        if self._held < 0:
+            self._held = held_back(self._body)
+        start = cut(recent, len(generated), self._held, self._whole)
+        if start is None:
+            raise CannotGoOnError("its text lags too far behind its tokens")
+        generated = generated[: start.tokens]
+        body = continued_body(self._path, self._body, prompt, generated, room)
+        if body is None or self._first is None:
+            raise CannotGoOnError("nothing is left to generate")
+        self._generated = bytearray(b"".join([b"%d," % one for one in generated]))
+        self._whole = self._whole and len(recent) <= _RECENT
+        self._recent = deque(recent, maxlen=_RECENT)
+        self._rewrite = Rest(self._path, self._first, start, len(prompt), self._keeps_ids, self._continuous)
+        return body
+
+    def _end(self, prompt: int, generated: int) -> bytes:
+        options = self._body.get("stream_options")
+        if not (isinstance(options, dict) and options.get("include_usage")) or self._usage_told:
+            return DONE
+        assert self._first is not None
+        told = {name: self._first.get(name) for name in ("id", "object", "created", "model")}
+        usage = {"prompt_tokens": prompt, "total_tokens": prompt + generated, "completion_tokens": generated}
+        return b"data: %b\n\n" % orjson.dumps(told | {"choices": [], "usage": usage}) + DONE
+
+    def _rewritten(self, data: bytes) -> bytes:
+        assert self._rewrite is not None
+        out: list[bytes] = []
+        for event in data.split(b"\n\n"):
+            if event == b"data: [DONE]":
+                self.complete = True
+                out.append(DONE)
+            elif event.startswith(b"data: {"):
+                chunk = orjson.loads(event[6:])
+                told, ids, said = self._rewrite.chunk(chunk)
+                out.append(told)
+                self._generated += b"".join([b"%d," % one for one in ids])
+                if said is not None:
+                    self._keep(said)
+        return b"".join(out)
