@@ -4,7 +4,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -40,6 +39,12 @@ def _package(program: str, package: str) -> None:
     raise NotPossibleError(f"{program} is missing and could not be installed; install {package} and run this again")
 
 
+def _vllm_router() -> str:
+    """Install vllm-router if need be; give its program's path."""
+    script = ["bash", str(ROOT / "scripts" / "vllm_router.sh"), VLLM_ROUTER]
+    return subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
 def prepare() -> None:
     """Install and build what is missing.
 
@@ -53,15 +58,7 @@ def prepare() -> None:
             raise NotPossibleError(f"{tool} is missing; install util-linux and a C compiler")
     BUILD.mkdir(parents=True, exist_ok=True)
     subprocess.run(["bash", str(ROOT / "scripts" / "compiled_router.sh")], check=True)
-    venv = BUILD / "vllm-router"
-    if not (venv / "bin" / "vllm-router").exists():
-        print(f"bench-router: installing vllm-router {VLLM_ROUTER} into its own environment")
-        uv = str(ROOT / ".venv" / "bin" / "uv")
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(venv)], check=True)
-        subprocess.run(
-            [uv, "pip", "install", "--quiet", f"vllm-router=={VLLM_ROUTER}"],
-            env=os.environ | {"VIRTUAL_ENV": str(venv)}, check=True,
-        )  # fmt: skip
+    _vllm_router()
     for name in ("engines", "steps"):
         program = BUILD / name
         if not program.exists() or program.stat().st_mtime < (HERE / f"{name}.c").stat().st_mtime:
@@ -177,7 +174,7 @@ def ours(
 def vllm_router(port: int = 9303) -> Program:
     """Start vllm-router with its metrics on and its request log off, as its own benchmarks run it."""
     command = [
-        str(BUILD / "vllm-router/bin/vllm-router"), "--vllm-pd-disaggregation", *_pairs(ENGINES),
+        _vllm_router(), "--vllm-pd-disaggregation", *_pairs(ENGINES),
         "--policy", "consistent_hash", "--intra-node-data-parallel-size", "1", "--host", "127.0.0.1",
         "--port", str(port), "--prometheus-port", str(port + 500), "--log-level", "error",
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdsim.engine.answers import DONE, VERSION, Answer, ChatAnswer, Choice, CompletionAnswer, Head, usage
 from pdsim.engine.engine import Engine
@@ -36,6 +36,7 @@ from pdsim.engine.protocol import (
     prompts_of,
     sampling_of,
 )
+from pdsim.engine.requests import Requests
 from pdsim.engine.sequence import Delta, EngineDeadError, RequestFailedError, Sampling, Sequence
 from pdsim.engine.violations import Rule, prefill_leg_breaches
 
@@ -108,10 +109,11 @@ class Api:
         self.fingerprint = f"vllm-{VERSION}-{uuid.uuid5(uuid.NAMESPACE_DNS, settings.model).hex[:8]}"
         self.load = 0
         self.refuse: Callable[[float], None] = lambda seconds: None
+        self.requests = Requests(settings.keep_requests)
         self._status_faults: list[int] = []
         self._break_after: list[tuple[int, bool]] = []
 
-    def application(self) -> Starlette:
+    def application(self) -> ASGIApp:
         """Give the ASGI application."""
 
         def get(path: str, handler: Callable[[Request], Awaitable[Response]]) -> Route:
@@ -136,11 +138,14 @@ class Api:
             get("/sim/violations", self.violations),
             Route("/sim/violations", self.clear_violations, methods=["DELETE"]),
             get("/sim/state", self.state),
+            get("/sim/requests", self.kept_requests),
+            Route("/sim/requests", self.forget_requests, methods=["DELETE"]),
             post("/sim/fault", self.fault),
         ]
-        return Starlette(
+        application = Starlette(
             routes=routes, exception_handlers={HTTPException: self._http_error, RequestError: self._request_error}
         )
+        return self.requests.kept(application) if self.engine.settings.keep_requests else application
 
     @staticmethod
     async def _http_error(_: Request, error: Exception) -> Response:
@@ -445,6 +450,15 @@ class Api:
         self.engine.violations.clear()
         return Json([])
 
+    async def kept_requests(self, _: Request) -> Response:
+        """GET /sim/requests."""
+        return Json(self.requests.listed())
+
+    async def forget_requests(self, _: Request) -> Response:
+        """DELETE /sim/requests."""
+        self.requests.clear()
+        return Json([])
+
     async def state(self, _: Request) -> Response:
         """GET /sim/state."""
         settings = self.engine.settings
@@ -454,6 +468,7 @@ class Api:
             "model": settings.model,
             "speed": settings.speed,
             "seed": settings.seed,
+            "keep_requests": settings.keep_requests,
             "uptime_seconds": time.monotonic() - self.started,
         }
         return Json(told | self.engine.state())
@@ -486,9 +501,12 @@ class Api:
                 engine.expire(float("inf"))
             case FaultKind.DROP_REMOTE_REQUEST_ID:
                 engine.drop_remote_request_id = fault.count
+            case FaultKind.EDGE:
+                engine.broken_edges.add((fault.host, fault.port))
             case FaultKind.NONE:
                 engine.slowdown = 1.0
                 engine.drop_remote_request_id = 0
+                engine.broken_edges.clear()
                 self._status_faults, self._break_after = [], []
                 engine.resume()
 

@@ -48,6 +48,10 @@ def parser() -> argparse.ArgumentParser:
         "--kv-load-failure-policy", choices=["fail", "recompute"], default="recompute",
         help="what a decode engine does when KV cannot be fetched (recompute)",
     )  # fmt: skip
+    made.add_argument(
+        "--keep-requests", type=int, default=0, metavar="N",
+        help="show the last N POST requests, with headers and bodies, under GET /sim/requests (0)",
+    )  # fmt: skip
     made.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return made
 
@@ -167,6 +171,7 @@ def main() -> None:
         side_channel_port=options.side_channel_port,
         speed=options.speed,
         seed=options.seed,
+        keep_requests=options.keep_requests,
     )
     try:
         listening = _listen(options.host, port)

@@ -31,6 +31,10 @@ LATE_SECONDS = 0.002
 GIVE_UP_LAG_SECONDS = 0.25  # further behind than this, the clock starts anew: the machine cannot keep up
 
 
+class BrokenEdgeError(Exception):
+    """A fault that was asked for: this engine does not reach that side channel."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """What an engine is told at its start; times in seconds, unscaled."""
@@ -48,6 +52,7 @@ class EngineSettings:
     side_channel_port: int = 5600
     speed: float = 1.0
     seed: int | None = None
+    keep_requests: int = 0
 
 
 @dataclass(slots=True)
@@ -96,6 +101,7 @@ class Engine:
         self.slowdown = 1.0
         self.hanging = False
         self.drop_remote_request_id = 0
+        self.broken_edges: set[tuple[str, int]] = set()
         self.transfers: dict[tuple[str, int, str], list[int]] = {}
         self.on_death: Callable[[], None] = lambda: None
         self._random = random.Random(settings.seed)
@@ -465,7 +471,9 @@ class Engine:
     async def _notify(self, params: dict[str, Any], operation: str) -> None:
         if all(key in params for key in TICKET_KEYS):
             remote = self._remote(params)
-            sent = await remote.tell(params["remote_engine_id"], operation, str(params["remote_request_id"]))
+            sent = (remote.host, remote.port) not in self.broken_edges and await remote.tell(
+                params["remote_engine_id"], operation, str(params["remote_request_id"])
+            )
             self.metrics.failed_notifications += not sent
 
     async def _fetch(self, sequence: Sequence, params: dict[str, Any], blocks: list[Block]) -> None:
@@ -478,6 +486,8 @@ class Engine:
             seconds = self.settings.profile.transfer_seconds(tokens, self._in_flight_transfers - 1)
             begin = self._loop.time()
             remote = self._remote(params)
+            if (remote.host, remote.port) in self.broken_edges:
+                raise BrokenEdgeError
             answer = await remote.read(params["remote_engine_id"], str(params["remote_request_id"]), ids)
             self._judge(sequence, params, answer.lease)
             await asyncio.sleep(begin + seconds / self.settings.speed - self._loop.time())
@@ -493,6 +503,9 @@ class Engine:
             self.violations.add(Rule.TICKET_ALTERED, sequence.request_id, remote_block_ids=ids)
             self.die()
             return
+        except BrokenEdgeError:  # as below, but nothing that the router did: no violation
+            self.metrics.failed_transfers += 1
+            await asyncio.sleep(UNREACHABLE_SECONDS / self.settings.speed)
         except RemoteUnreachableError as error:
             fields = {key: params[key] for key in TICKET_KEYS}
             self.violations.add(Rule.TICKET_UNREACHABLE, sequence.request_id, reason=str(error), **fields)
@@ -542,7 +555,7 @@ class Engine:
         if lease["state"] == "expired":
             breach(Rule.TICKET_EXPIRED)
         elif lease["readers"] >= sequence.choices:  # each choice of one request reads for itself
-            breach(Rule.TICKET_REUSED, readers=lease["readers"])
+            breach(Rule.TICKET_REUSED, readers=lease["readers"], state=lease["state"])
         if lease["prompt"] != prompt_digest(bytes(sequence.data[: len(sequence.prompt) * 4])):
             breach(
                 Rule.TICKET_OTHER_PROMPT, prompt_tokens=len(sequence.prompt), ticket_tokens=issued["remote_num_tokens"]
@@ -585,6 +598,7 @@ class Engine:
         """Give the engine's part of `/sim/state`."""
         return {
             "engine_id": self.engine_id,
+            "side_channel": {"host": self.settings.side_channel_host, "port": self.settings.side_channel_port},
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting) + len(self.scheduler.fetching),
             "blocks": {

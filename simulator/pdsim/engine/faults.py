@@ -1,8 +1,9 @@
 """Faults on request: what `POST /sim/fault` takes."""
 
 from enum import StrEnum
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class FaultKind(StrEnum):
@@ -17,6 +18,7 @@ class FaultKind(StrEnum):
     )
     EXPIRE_LEASES = "expire_leases"  # every lease of this engine ends now
     DROP_REMOTE_REQUEST_ID = "drop_remote_request_id"  # the next `count` tickets lack it
+    EDGE = "edge"  # this engine no longer reaches the side channel at `host`:`port`; both ends are well otherwise
     NONE = "none"  # all faults end
 
 
@@ -32,3 +34,11 @@ class Fault(BaseModel):
     code: int = Field(500, ge=400, le=599)
     after_tokens: int = Field(3, ge=0)
     exit: bool = False
+    host: str = ""
+    port: int = Field(5600, ge=1, le=65535)
+
+    @model_validator(mode="after")
+    def _names_its_edge(self) -> Self:
+        if self.kind is FaultKind.EDGE and not self.host:
+            raise ValueError("an edge needs the host of the remote side channel")
+        return self

@@ -1,0 +1,5 @@
+"""`python -m pdsim.referee`."""
+
+from pdsim.referee.app import main
+
+main()
