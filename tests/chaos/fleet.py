@@ -38,6 +38,16 @@ class Outcome:
         """Longest time between two events of a stream."""
         return max((later - earlier for earlier, later in pairwise(self.events)), default=0.0)
 
+    @property
+    def ended(self) -> float:
+        """When its last event came."""
+        return self.events[-1] if self.events else self.began
+
+    @property
+    def silence(self) -> float:
+        """Longest time without an event, from sending it on; of a whole answer, its time."""
+        return max((later - earlier for earlier, later in pairwise([self.began, *self.events])), default=0.0)
+
     def told(self) -> tuple[Any, ...]:
         """What must be as a plain engine says it."""
         return self.status, self.error, self.text, self.finish, self.usage

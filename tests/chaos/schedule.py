@@ -3,6 +3,7 @@
 import asyncio
 import random
 import signal
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ class Schedule:
     fleet: Fleet
     draw: random.Random
     done: Counter[str] = field(default_factory=Counter)
-    killed: set[str] = field(default_factory=set)
+    windows: list[tuple[str, float, float]] = field(default_factory=list)
 
     async def run(self, seconds: float) -> None:
         """Do faults for some time."""
@@ -42,10 +43,28 @@ class Schedule:
                 order = self.draw.sample(names, len(names))
             name = order.pop()
             engine = self.draw.choice(self.fleet.engines)
+            began = time.monotonic()
             await faults[name](engine)
             self.done[name] += 1
+            self.windows.append((name, began, time.monotonic()))
             await asyncio.sleep(PAUSE)
         await self._well()
+
+    def told(self) -> str:
+        """Tell for each fault how long the requests of its time were without a byte."""
+        lines = [
+            f"{'fault':16} {'times':>5} {'requests':>8} {'silence p50':>12} {'p99':>6} {'max':>6} s (simulated engines)"
+        ]
+        for name, count in sorted(self.done.items()):
+            silent = sorted(
+                one.silence
+                for one in self.fleet.outcomes
+                if any(fault == name and one.began < end and one.ended > began for fault, began, end in self.windows)
+            )
+            if silent:
+                p50, p99, most = silent[len(silent) // 2], silent[len(silent) * 99 // 100], silent[-1]
+                lines.append(f"{name:16} {count:5} {len(silent):8} {p50:12.2f} {p99:6.2f} {most:6.2f}")
+        return "\n".join(lines)
 
     async def _well(self) -> None:
         """Wait until the router finds every engine well again."""
@@ -64,7 +83,6 @@ class Schedule:
             assert answer.status_code == 200, answer.text
 
     async def _kill(self, one: Process) -> None:
-        self.killed.add(one.url)
         self.fleet.kill(one)
         await asyncio.sleep(0.5 + self.draw.random())
         self.fleet.restart(one)
@@ -79,7 +97,6 @@ class Schedule:
         await self._well()
 
     async def _refuse(self, one: Process) -> None:
-        self.killed.add(one.url)
         await self._tell(one, kind="refuse", seconds=1.5)
         await asyncio.sleep(1.5)
         await self._well()
@@ -109,8 +126,9 @@ class Schedule:
 
     async def _edge(self, one: Process) -> None:
         decode, prefill = self.draw.choice(self.fleet.decodes), self.draw.choice(self.fleet.prefills)
-        await self._tell(decode, kind="edge", host=prefill.url.split("//")[1].split(":")[0], port=5600, seconds=2)
+        await self._tell(decode, kind="edge", host=prefill.url.split("//")[1].split(":")[0], port=5600)
         await asyncio.sleep(2)
+        await self._tell(decode, kind="none")
 
     async def _worker(self, one: Process) -> None:
         workers = psutil.Process(self.fleet.router.process.pid).children()
