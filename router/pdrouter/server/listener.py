@@ -24,6 +24,7 @@ class Listener:
         handler: Callable[[ClientRequest], None],
         limits: Limits,
         refused: Callable[[int], None] = lambda status: None,
+        unwelcome: Callable[[ClientRequest], tuple[int, str] | None] = lambda request: None,
     ) -> None:
         """Prepare; needs a running event loop.
 
@@ -31,9 +32,12 @@ class Listener:
             handler: gets each complete request.
             limits: what a client may not exceed.
             refused: gets the status of each request that was refused before it was complete.
+            unwelcome: says with which status and why a body over 64 KiB is not worth reading, or None.
         """
         loop = asyncio.get_running_loop()
         self.refused = refused
+        self.unwelcome = unwelcome
+        self.held = 0
         self.limits = limits
         self.draining = False
         self.outbox = Outbox(loop)
@@ -71,6 +75,8 @@ class Listener:
                 backlog=4096,
                 reuse_port=shared or None,
                 ssl=tls,
+                # Until TLS is agreed upon there is no connection that could be counted or watched.
+                ssl_handshake_timeout=self.limits.head_seconds if tls is not None else None,
             )
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
