@@ -212,7 +212,7 @@ class Served:
             found = [value for name, value in page.items() if name.startswith("pd_router_engine_healthy{")]
             return page["pd_router_workers"] == workers and found == [1.0] * engines
 
-        await eventually(well, "all workers find all engines well", 15)
+        await eventually(well, "all workers find all engines well", 60)
 
 
 async def eventually(condition: Any, what: str, seconds: float = 8.0) -> None:
