@@ -18,7 +18,7 @@ import h11
 import uvloop
 
 from router.fakes import TICKET, USAGE, Answer, until
-from router.served import PUBLIC, Served, named
+from router.served import METRICS, PUBLIC, Served, named
 from support.processes import new_address
 
 MARKER = "SMUGGLED"
@@ -62,6 +62,8 @@ class Witness:
         self.malformed: list[str] = []
         self.answer: bytes | None = None
         self.streams = False
+        self.status = 200
+        self.extra: list[tuple[str, str]] = []
         self.hold: threading.Event | None = None
         self.url = ""
         self._server: asyncio.Server | None = None
@@ -124,7 +126,9 @@ class Witness:
         kind = [("content-type", "application/json")]
         if own or not self.streams:
             kind.append(("content-length", str(len(raw))))
-        for event in (h11.Response(status_code=200, headers=kind), h11.Data(data=raw), h11.EndOfMessage()):
+        status = 200 if own else self.status
+        kind += [] if own else self.extra
+        for event in (h11.Response(status_code=status, headers=kind), h11.Data(data=raw), h11.EndOfMessage()):
             yield peer.send(event) or b""
 
     def _told(self, one: Reached) -> Any:
@@ -226,18 +230,27 @@ class Wire:
 class Standing:
     """A router process, its engines, and clients of it."""
 
-    def __init__(self, router: Served, prefills: list[Witness], decodes: list[Witness]) -> None:
+    def __init__(self, router: Served, prefill: Witness, decode: Witness) -> None:
         self.router = router
-        self.prefills = prefills
-        self.decodes = decodes
+        self.prefill = prefill
+        self.decode = decode
+        self.engines = [prefill, decode]
+        self._wires: list[Wire] = []
 
     @property
     def host(self) -> str:
         return self.router.host
 
-    @property
-    def engines(self) -> list[Witness]:
-        return self.prefills + self.decodes
+    def wire(self, port: int = PUBLIC, buffer: int = 0) -> Wire:
+        """Open a connection; it is closed with the router at the latest."""
+        wire = Wire(self.host, port, buffer)
+        self._wires.append(wire)
+        return wire
+
+    def close(self) -> None:
+        """Close what clients have open."""
+        for wire in self._wires:
+            wire.close()
 
     def forget(self) -> None:
         """Begin anew with what engines noted."""
@@ -245,8 +258,8 @@ class Standing:
             one.reached.clear()
 
     def prompts(self) -> list[Any]:
-        """The prompts that reached decode engines."""
-        return [one.json.get("prompt") for engine in self.decodes for one in engine.reached if one.body]
+        """The prompts that reached the decode engine."""
+        return [one.json.get("prompt") for one in self.decode.reached if one.body]
 
     def reached(self) -> list[Reached]:
         """All requests that reached engines."""
@@ -258,7 +271,7 @@ class Standing:
 
     def ended(self, raw: bytes, methods: Sequence[str] = ()) -> list[Answer]:
         """Send bytes and read until the router closes the connection."""
-        wire = Wire(self.host)
+        wire = self.wire()
         try:
             wire.send(raw)
             return read_answers(wire.rest(), methods)
@@ -272,33 +285,48 @@ class Standing:
         assert found[-1].body == b'{"status":"ok"}', f"the connection was not usable any more: {found}"
         return found[:-1]
 
+    def one(self, raw: bytes, method: str = "POST") -> Answer:
+        """Send one request; give its answer."""
+        (answer,) = self.answered(raw, [method])
+        return answer
+
     def serves(self) -> None:
         """Check that an ordinary request is served."""
-        (answer,) = self.answered(post("ordinary"))
-        assert answer.status == 200
+        assert self.one(post("ordinary")).status == 200
+
+    def metric(self, name: str) -> float:
+        """Give a number of the metrics page, rows of other labels added up."""
+        wire = self.wire(METRICS)
+        wire.send(CLOSING_HEALTH.replace(b"/health", b"/metrics"))
+        page = wire.rest().decode()
+        wire.close()
+        return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if re.match(rf"{name}[ {{]", line))
 
     def log(self) -> str:
         return self.router.output()
 
 
 @contextmanager
-def standing(*flags: str, prefills: int = 1, decodes: int = 1, workers: int = 1) -> Iterator[Standing]:
-    """Start engines, in a thread, and a router process that knows them."""
+def standing(*flags: str, before: Sequence[str] = (), **environment: str) -> Iterator[Standing]:
+    """Start a prefill and a decode engine, in a thread, and a router process that knows them.
+
+    `before` are words in front of the router's command, `environment` is added to its own.
+    """
     ready: list[Standing] = []
     failed: list[BaseException] = []
     begun, done = threading.Event(), threading.Event()
 
     async def main() -> None:
         async with AsyncExitStack() as stack:
-            engines = [Witness() for _ in range(prefills + decodes)]
+            engines = [Witness(), Witness()]
             for engine in engines:
                 await engine.start()
                 stack.push_async_callback(engine.stop)
-            told = [*named(engines[:prefills], engines[prefills:]), "--workers", str(workers)]
-            router = Served([*told, "--health-interval-secs", "0.5", *flags], new_address())
+            told = [*named(engines[:1], engines[1:]), "--health-interval-secs", "0.5", *flags]
+            router = Served(told, new_address(), before, environment)
             stack.push_async_callback(router.stop)
-            await router.ready(workers, prefills + decodes)
-            ready.append(Standing(router, engines[:prefills], engines[prefills:]))
+            await router.ready(1, 2)
+            ready.append(Standing(router, engines[0], engines[1]))
             begun.set()
             await until(done.is_set, "the tests end", 600)
 
@@ -318,5 +346,7 @@ def standing(*flags: str, prefills: int = 1, decodes: int = 1, workers: int = 1)
             raise failed[0]
         yield ready[0]
     finally:
+        for one in ready:
+            one.close()
         done.set()
         thread.join(30)

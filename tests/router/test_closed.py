@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from router.standing import CLOSING_HEALTH, HEALTH, MARKER, SMUGGLED, Standing, Wire, post, read_answers, standing
+from router.standing import CLOSING_HEALTH, HEALTH, MARKER, SMUGGLED, Standing, post, read_answers, standing
 
 HOST = b"Host: router\r\n"
 LINE = b"POST /v1/completions HTTP/1.1\r\n"
@@ -313,7 +313,7 @@ def judge(bed: Standing, case: Case, raw: bytes) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_only_http_as_the_rfcs_have_it_is_served(bed: Standing, case: Case):
     bed.forget()
-    wire = Wire(bed.host)
+    wire = bed.wire()
     wire.send(case.raw + (CLOSING_HEALTH if case.stays else b""))
     judge(bed, case, wire.rest())
     wire.close()
@@ -325,7 +325,7 @@ def test_requests_that_arrive_byte_by_byte_get_the_same_answers(bed: Standing):
         if len(raw) > 1000 or 408 in case.statuses:
             continue
         bed.forget()
-        wire = Wire(bed.host)
+        wire = bed.wire()
         for at in range(len(raw)):
             wire.send(raw[at : at + 1])
         judge(bed, case, wire.rest())
@@ -334,11 +334,11 @@ def test_requests_that_arrive_byte_by_byte_get_the_same_answers(bed: Standing):
 
 def test_an_answer_to_http_1_0_is_neither_announced_nor_in_chunks(bed: Standing):
     """RFC 9112 section 6.1 and RFC 9110 section 10.1.1."""
-    bed.decodes[0].streams = True
-    wire = Wire(bed.host)
+    bed.decode.streams = True
+    wire = bed.wire()
     wire.send(OLD + EXPECT + LENGTH + b"\r\n" + BODY)
     raw = wire.rest()
-    bed.decodes[0].streams = False
+    bed.decode.streams = False
     assert raw.startswith(b"HTTP/1.1 200 ")
     assert b"transfer-encoding" not in raw.partition(b"\r\n\r\n")[0]
     wire.close()
@@ -353,7 +353,7 @@ def test_trace_and_errors_show_nothing_of_a_request(bed: Standing):
         sized(secret, b"X : y\r\n"),
         head(secret, b"Content-Length: s3cret\r\n"),
     ]:
-        wire = Wire(bed.host)
+        wire = bed.wire()
         wire.send(raw + CLOSING_HEALTH)
         assert b"s3cret" not in wire.rest()
         wire.close()

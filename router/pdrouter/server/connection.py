@@ -23,6 +23,7 @@ from pdrouter.server.limits import Limits
 _log = logging.getLogger(__name__)
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode()) for status in HTTPStatus}
 _LINGER = 2.0
+_LINGERING = 64  # connections beyond the limit that are kept until their client has read why they end
 _JSON = b"content-type: application/json\r\n"
 _JOINED = 65536  # a body up to this size is copied behind its head: one buffer less costs more than the copy
 _SMALL = 65536  # bytes of a body that are read from anybody and counted nowhere
@@ -45,8 +46,9 @@ class Owner(Protocol):
     limits: Limits
     draining: bool
     outbox: Outbox
-    # Bytes of larger bodies that are held now, of all connections.
+    # Bytes of larger bodies that are held now, of all connections; connections open beyond the limits.
     held: int
+    turned_away: int
     # Who may take how long: between requests, to send a head, between two pieces of a body, to take its answer.
     idle: Deadlines
     head: Deadlines
@@ -525,6 +527,8 @@ class ClientConnection:
         self.client = str(peer[0]) if isinstance(peer, tuple) else "-"
         if not self.owner.joined(self, self.client):
             self._refuse(503, "The router has as many connections as it may have; close some.")
+            if self.owner.turned_away > _LINGERING:
+                self.close()
         else:
             self._wait(self.owner.idle)
 

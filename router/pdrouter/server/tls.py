@@ -6,7 +6,7 @@ import ssl
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
-_LOOK_EVERY = 2.0
+_LOOK_EVERY = 1.0
 
 
 class CertificateError(Exception):
