@@ -23,7 +23,7 @@ $(UV):
 
 $(STAMP): $(UV) uv.lock pyproject.toml cli/pyproject.toml router/pyproject.toml simulator/pyproject.toml
 	@echo "setup: installing the workspace from uv.lock"
-	@VIRTUAL_ENV= $(UV) sync --quiet --frozen --inexact --all-packages --all-groups --python $(BIN)/python
+	@VIRTUAL_ENV= $(UV) sync --quiet --frozen --inexact --all-packages --all-groups --no-group fuzz --python $(BIN)/python
 	@touch $(STAMP)
 
 demo: setup ## Bring up 8 prefill + 8 decode simulated engines and the router, send traffic, show what happened, clean up

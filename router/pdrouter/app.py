@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import gc
 import logging
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -95,9 +96,19 @@ class Router:
         routes = Routes(self.desk, settings, lambda: self.public.draining)
         admin = AdminRoutes(self.fleet, self.desk.edges, decisions, self._tell)
         self._siblings = Siblings(worker, self.metrics.state, admin.change) if worker is not None else None
-        self.public = Listener(routes.handle, settings.limits(), routes.refused)
+        self.public = Listener(routes.handle, self._limits(), routes.refused, routes.unwelcome)
         self.scraped = Listener(MetricsRoutes(self._page).handle, Limits(body=0))
         self.admin = Listener(admin.handle, Limits(body=_ADMIN_BODY))
+
+    def _limits(self) -> Limits:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        told = self._settings.limits()
+        limits = told.within(files, self._settings.max_concurrent_requests)
+        if limits is not told:
+            _log.info(
+                "max_connections=%d as files=%d may be open, asked=%d", limits.connections, files, told.connections
+            )
+        return limits
 
     def _gauges(self) -> Iterator[tuple[Described, tuple[str, ...], float]]:
         yield described.RUNNING, (), self.admission.running
@@ -238,6 +249,8 @@ async def serve(settings: Settings, worker: Worker | None = None) -> None:
 
 
 def _serve(settings: Settings, worker: Worker | None = None) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         uvloop.run(serve(settings, worker))
     except (ListenError, CertificateError, DiscoveryError, TracesError) as error:

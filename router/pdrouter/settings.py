@@ -75,6 +75,7 @@ class Settings:
     queue_timeout_secs: float = 30.0
     max_prompts: int = 1024
     max_payload_size: int = 64 * 1024 * 1024
+    max_payload_memory: int = 1024 * 1024 * 1024
     max_header_size: int = 32 * 1024
     max_headers: int = 128
     max_connections: int = 16384
@@ -97,6 +98,7 @@ class Settings:
         """Give what a client may not exceed."""
         return Limits(
             body=self.max_payload_size,
+            bodies=self.max_payload_memory,
             head=self.max_header_size,
             header_count=self.max_headers,
             head_seconds=self.client_head_timeout_secs,

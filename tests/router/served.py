@@ -90,15 +90,17 @@ def _completion(prompt: str, **fields: Any) -> bytes:
 class Served:
     """The router's processes, and clients of it."""
 
-    def __init__(self, flags: Sequence[str], host: str) -> None:
+    def __init__(
+        self, flags: Sequence[str], host: str, before: Sequence[str] = (), environment: dict[str, str] | None = None
+    ) -> None:
         self.host = host
         self._connections: list[Connection] = []
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 closed by stop()
         places = ["--host", host, "--port", str(PUBLIC), "--prometheus-host", host, "--prometheus-port", str(METRICS)]
         places += ["--admin-host", host, "--admin-port", str(ADMIN)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pdrouter", "--vllm-pd-disaggregation", *places, *flags],
-            stdout=self._log, stderr=subprocess.STDOUT,
+            [*before, sys.executable, "-m", "pdrouter", "--vllm-pd-disaggregation", *places, *flags],
+            stdout=self._log, stderr=subprocess.STDOUT, env=os.environ | (environment or {}),
         )  # fmt: skip
 
     def output(self) -> str:
@@ -212,7 +214,7 @@ class Served:
             found = [value for name, value in page.items() if name.startswith("pd_router_engine_healthy{")]
             return page["pd_router_workers"] == workers and found == [1.0] * engines
 
-        await eventually(well, "all workers find all engines well", 15)
+        await eventually(well, "all workers find all engines well", 60)
 
 
 async def eventually(condition: Any, what: str, seconds: float = 8.0) -> None:

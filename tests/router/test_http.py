@@ -152,11 +152,10 @@ def test_a_body_over_the_limit_is_refused_with_413(chunked):
     "raw",
     [
         wire("GET", "/health", headers={"x-large": "x" * 40_000}),
-        wire("GET", "/" + "x" * 40_000),
         wire("GET", "/health", headers={f"x-{number}": "y" for number in range(200)}),
         b"GET /health HTTP/1.1\r\nx-unfinished: " + b"x" * 100_000,
     ],
-    ids=["one header", "target", "many headers", "unfinished header"],
+    ids=["one header", "many headers", "unfinished header"],
 )
 def test_a_head_over_the_limit_is_refused_with_431(raw):
     async def main():
@@ -338,30 +337,25 @@ def test_a_slow_client_makes_the_engine_wait_and_memory_stays_bounded():
     run(main)
 
 
-def test_a_client_still_slow_from_its_last_answer_holds_up_the_next_one():
+def test_a_client_that_does_not_take_its_answer_gets_no_other_request_served():
     async def main():
         async with routed() as bed:
-            sent = 0
 
             async def decode(seen: Seen, out: Out) -> None:
-                nonlocal sent
-                if not seen.body.get("stream"):
-                    await out.json(answer_to(seen, filler="x" * 7_000_000))
-                    return
-                await out.events()
-                while sent < 64 * 1024 * 1024:
-                    await out.chunk(b"x" * 65_000)
-                    sent += 65_000
+                await out.json(answer_to(seen, filler="x" * 7_000_000))
 
             bed.decode.behave = decode
-            _, writer = await asyncio.open_connection("127.0.0.1", bed.router.public.port, limit=1024)
-            writer.write(wire("POST", "/v1/completions", b'{"prompt":"x"}'))
-            writer.write(wire("POST", "/v1/completions", b'{"prompt":"x","stream":true}'))
-            before = -1
-            while before != sent or not sent:
-                before = sent
-                await asyncio.sleep(0.3)
-            assert sent < 24 * 1024 * 1024
+            reader, writer = await asyncio.open_connection("127.0.0.1", bed.router.public.port, limit=1024)
+            for number in range(5):
+                body = b'{"prompt":"%d"}' % number
+                writer.write(wire("POST", "/v1/completions", body) + wire("GET", "/health") * 20)
+            await until(lambda: bed.decode.seen, "the first is served")
+            bed.decode.behave = fakes.decode
+            for _ in range(20):
+                assert (await bed.complete()).status == 200
+            assert [seen.body["prompt"] for seen in bed.decode.seen] == ["0"] + ["hi"] * 20
+            answers = [await read_answer(reader) for _ in range(5 * 21)]
+            assert [answer.status for answer in answers] == [200] * (5 * 21)
             writer.close()
             await writer.wait_closed()
 

@@ -138,15 +138,14 @@ class Alone:
         """Ask another engine when the client has seen nothing yet, else tell."""
         self._call = None
         self._way.failed(error.reason)
-        engine, fleet = self._engine, self._desk.fleet
+        engine = self._engine
         assert engine is not None
+        self._desk.broken(engine, error)
         self._last = leg_failure(502, Role.DECODE, error.reason, f"The request failed: {error}.")
         if isinstance(error, ConnectError):
-            fleet.mark(engine, False, error.reason)
             self._refused.append(engine)
             self._desk.later(self, 0)
             return
-        fleet.failed(engine, error.reason)
         if self._passes or not self._may_try():
             self._settle_failed(self._last)
 

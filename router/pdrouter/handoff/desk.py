@@ -22,6 +22,7 @@ from pdrouter.observe.traces import Traces
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.generated import generated_text
 from pdrouter.policies import Bypassing, Learning, Policy, RoutingKey, Scoring
+from pdrouter.upstream.errors import ConnectError, ExhaustedError, RouterFailureError, UpstreamError
 from pdrouter.upstream.pool import Pool
 
 _BACK_OFF = (0.0, 0.05, 0.2, 0.5)  # seconds before a request is tried again
@@ -203,6 +204,13 @@ class Desk:
             self._learning[role].answered(asked, engine, asked.continued(text))
 
     # trying again
+
+    def broken(self, engine: Engine, error: UpstreamError) -> None:
+        """Record what a failed leg says of its engine; some failures are the router's own."""
+        if isinstance(error, ConnectError):
+            self.fleet.mark(engine, False, error.reason)
+        elif not isinstance(error, ExhaustedError | RouterFailureError):
+            self.fleet.failed(engine, error.reason)
 
     def later(self, one: Parked, times: int) -> None:
         """Start a request again, the later the more often it has failed."""

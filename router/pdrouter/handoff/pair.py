@@ -291,10 +291,10 @@ class Pair(Handoff):
         self._way.failed(error.reason)
         if self.state is State.ABANDONED:
             self.state = State.SETTLED
-            self._broken(engine, error)
+            self._desk.broken(engine, error)
             return
         message = f"The prefill leg failed: {error}."
-        self._broken(engine, error)
+        self._desk.broken(engine, error)
         failure = leg_failure(502, Role.PREFILL, error.reason, message)
         if isinstance(error, ConnectError):
             self._refused.append(engine)
@@ -416,7 +416,7 @@ class Pair(Handoff):
                 self._settle_failed(failure)
                 return
         else:
-            self._broken(engine, error)
+            self._desk.broken(engine, error)
             failure = leg_failure(502, Role.DECODE, error.reason, f"The decode leg failed: {error}.")
         if isinstance(error, ConnectError):
             self._refused.append(engine)
@@ -478,12 +478,6 @@ class Pair(Handoff):
         self._again(None, leg_failure(504, Role.DECODE, "ticket_expired", "The ticket expired before decode had it."))
 
     # failing
-
-    def _broken(self, engine: Engine, error: UpstreamError) -> None:
-        if isinstance(error, ConnectError):
-            self._desk.fleet.mark(engine, False, error.reason)
-        else:
-            self._desk.fleet.failed(engine, error.reason)
 
     def _again(self, engine: Engine | None, failure: Failure) -> None:
         """Try with other engines, unless this request has had its tries or there are too many tries in all."""

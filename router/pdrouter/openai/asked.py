@@ -1,4 +1,4 @@
-"""What a generation request asks for, as far as the router must know."""
+"""What a request asks for, as far as the router must know, and whether its JSON is one that anybody should read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,41 +6,117 @@ from typing import Any
 import orjson
 
 from pdrouter.openai.errors import RequestError
+from pdrouter.openai.legs import without_transfers
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+DEEPEST = 100  # objects and lists within one another; schemas of tools have ten or twenty, orjson writes up to 254
+MOST_VALUES = 2 * 1024 * 1024  # a batch of 1024 prompts of 2000 token ids
+_NO_MARKS = bytes(byte for byte in range(256) if byte not in b",[{")
+_FORMS = (b"multipart/form-data", b"application/x-www-form-urlencoded")
 
 
 class Asked:
     """A request body read once.
 
-    `alone` is the reason why one engine must serve it without a handoff, or None. `prompts` has the prompts of a
-    batch, which become one handoff each, or is None.
+    `body` and `bare`, its JSON, are without what a client may not set (`pdrouter.openai.legs`). `alone` is the reason
+    why one engine must serve it without a handoff, or None. `prompts` has the prompts of a batch, which become one
+    handoff each, or is None.
     """
 
-    __slots__ = ("alone", "body", "prompts", "stream")
+    __slots__ = ("alone", "bare", "body", "prompts", "stream")
 
-    def __init__(self, body: dict[str, Any], alone: str | None, prompts: list[Any] | None, stream: bool) -> None:
+    def __init__(
+        self, body: dict[str, Any], bare: bytes, alone: str | None, prompts: list[Any] | None, stream: bool
+    ) -> None:
         self.body = body
+        self.bare = bare
         self.alone = alone
         self.prompts = prompts
         self.stream = stream
 
 
-def read(path: str, raw: bytes) -> Asked:
-    """Read a body.
+def _many_marks(raw: bytes) -> bool:
+    """Tell whether JSON has so many brackets that it could be nested too deeply; those inside of texts count."""
+    left = DEEPEST
+    for mark in (b"{", b"["):
+        at = raw.find(mark)
+        while at >= 0:
+            left -= 1
+            if left < 0:
+                return True
+            at = raw.find(mark, at + 1)
+    return False
+
+
+def _deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        below: list[Any] = []
+        for one in level:
+            below.extend(inner for inner in (one.values() if isinstance(one, dict) else one)
+                         if isinstance(inner, dict | list))  # fmt: skip
+        if not below:
+            return False
+        level = below
+    return True
+
+
+def parsed(raw: bytes) -> dict[str, Any]:
+    """Parse a body.
+
+    A body of 64 MiB in tiny values would take gigabytes and stop all other requests for half a minute, so it is looked
+    at before it is parsed.
 
     Raises:
-        RequestError: it is no JSON object; what the fields hold is for the engine to judge.
+        RequestError: it is no JSON object, has too many values or is nested too deeply.
     """
-    if not raw:
-        raise RequestError(400, "The request has no body; send a JSON object.")
+    if len(raw) > MOST_VALUES and len(raw.translate(None, _NO_MARKS)) > MOST_VALUES:
+        raise RequestError(400, f"The body may have {MOST_VALUES:,} values.")
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise RequestError(400, f"The body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise RequestError(400, "The body must be a JSON object.")
+    if _many_marks(raw) and _deep(body):
+        raise RequestError(400, f"The body may have {DEEPEST} objects and lists within one another.")
+    return body
+
+
+def passed(kind: bytes, raw: bytes) -> bytes:
+    """Give the body of a request that goes on as it is: its very bytes, without what a client may not set.
+
+    Args:
+        kind: the media type that it is sent with.
+        raw: the body.
+
+    Raises:
+        RequestError: it is JSON that the router cannot read, so that nobody knows what an engine would read in it.
+    """
+    if not raw or kind.lower().startswith(_FORMS):
+        return raw
+    return without_transfers(parsed(raw), raw)
+
+
+def read(path: str, raw: bytes, most_prompts: int) -> Asked:
+    """Read the body of a request for text.
+
+    Args:
+        path: the request's.
+        raw: the body.
+        most_prompts: how many prompts it may have.
+
+    Raises:
+        RequestError: it cannot be parsed or has too many prompts; what its fields hold is for the engine to judge.
+    """
+    if not raw:
+        raise RequestError(400, "The request has no body; send a JSON object.")
+    body = parsed(raw)
+    bare = without_transfers(body, raw)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) > most_prompts and not _ids(prompt):
+        raise RequestError(400, f"A request may have {most_prompts} prompts; this one has {len(prompt)}.", "prompts")
     stream = body.get("stream")
     prompts = _batch(body) if path == COMPLETIONS else None
     alone = why_alone(body)
@@ -50,7 +126,7 @@ def read(path: str, raw: bytes) -> Asked:
             alone = "odd_stream"
         elif not isinstance(body.get("n"), int | None):
             alone = "odd_n"
-    return Asked(body, alone, prompts, stream is True)
+    return Asked(body, bare, alone, prompts, stream is True)
 
 
 def why_alone(body: Mapping[str, Any]) -> str | None:

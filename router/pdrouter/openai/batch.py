@@ -20,10 +20,14 @@ def choices_per_prompt(body: Mapping[str, Any]) -> int:
 
 
 def part_body(body: Mapping[str, Any], prompt: Any) -> dict[str, Any]:
-    """Give the body of one prompt; a ticket of the client's own is dropped."""
-    part = {name: value for name, value in body.items() if name != "kv_transfer_params"}
-    part["prompt"] = prompt
-    return part
+    """Give the body of one prompt."""
+    return {**body, "prompt": prompt}
+
+
+def repeated(body: Mapping[str, Any]) -> int:
+    """Give how many bytes the bodies of all parts have beside the prompts: what is sent once goes on once a prompt."""
+    shared = {name: value for name, value in body.items() if name != "prompt"}
+    return len(orjson.dumps(shared)) * len(body["prompt"])
 
 
 def add_usage(total: dict[str, Any], usage: Mapping[str, Any]) -> None:

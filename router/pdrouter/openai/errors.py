@@ -10,6 +10,7 @@ _KINDS = {
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     413: "RequestTooLargeError",
+    414: "TargetTooLongError",
     415: "UnsupportedMediaTypeError",
     431: "RequestHeaderFieldsTooLargeError",
     500: "InternalServerError",
@@ -29,12 +30,13 @@ def error_body(status: int, message: str, leg: str | None = None) -> bytes:
 
 
 class RequestError(Exception):
-    """A request that cannot be served as it is; the message tells the client why."""
+    """A request that cannot be served as it is; the message tells the client why, `reason` is one word for metrics."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, reason: str = "body") -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self.reason = reason
 
     def body(self) -> bytes:
         """Encode for the client."""

@@ -12,6 +12,10 @@ from typing import Any
 import orjson
 
 TICKET_FIELD = "kv_transfer_params"
+# What tells an engine from where to fetch: a client that could set it would send engines to hosts of its choice. vLLM
+# puts the two fields among the extra arguments of sampling, where a client of `vllm_xargs` could name them too.
+TRANSFER_FIELDS = (TICKET_FIELD, "ec_transfer_params")
+EXTRA_ARGUMENTS = "vllm_xargs"
 WANT_TICKET: Mapping[str, Any] = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -44,11 +48,23 @@ def prefill_leg(body: Mapping[str, Any]) -> bytes:
     return orjson.dumps(leg)
 
 
-def without_ticket(body: Mapping[str, Any], raw: bytes) -> bytes:
-    """Give the client's JSON without any `kv_transfer_params`: its very bytes where it has none."""
-    if TICKET_FIELD not in body:
-        return raw
-    return orjson.dumps({name: value for name, value in body.items() if name != TICKET_FIELD})
+def without_transfers(body: dict[str, Any], raw: bytes) -> bytes:
+    """Take what a client may not set out of its parsed JSON; give the JSON without it, its very bytes if it had none.
+
+    Args:
+        body: the parsed JSON, which is changed.
+        raw: its bytes.
+    """
+    places = [body]
+    if EXTRA_ARGUMENTS in body and isinstance(body[EXTRA_ARGUMENTS], dict):
+        places.append(body[EXTRA_ARGUMENTS])
+    told = False
+    for place in places:
+        for name in TRANSFER_FIELDS:
+            if name in place:
+                del place[name]
+                told = True
+    return orjson.dumps(body) if told else raw
 
 
 def decode_leg(bare: bytes, ticket: bytes | None, ids: bool = False) -> bytes:

@@ -16,6 +16,8 @@ Therefore it differs, each case on purpose, in this:
   plus five to eight fields of its own (`ignore_eos`, `no_stop_trim`, …). Nobody can rely on that text, so here the
   client's bytes are hashed, by BLAKE2b: MurmurHash64A in Python takes 20 ms for a prompt of 400 KB.
   `forwarded_text_key` gives vllm-router's key for a text it forwards.
+* A key of more than 1,024 characters is replaced by its BLAKE2b hash: keys are hashed in Python and remembered, and a
+  client could have megabytes of them hashed and kept.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,10 +30,17 @@ from pdrouter.policies.fbi_hash import fbi_hash
 KEY_HEADERS = (b"x-session-id", b"x-user-id", b"x-tenant-id", b"x-correlation-id", b"x-request-id", b"x-trace-id")
 _FIELDS = (("user", "user"), ("session_id", "session"), ("user_id", "user"))
 _LONG_TEXT = 100
+_LONGEST_KEY = 1024
+
+
+def _digest(raw: bytes) -> str:
+    return blake2b(raw, digest_size=8).hexdigest()
 
 
 def _text(value: Any) -> str | None:
     if isinstance(value, str):
+        if len(value) > _LONGEST_KEY:
+            return _digest(value.encode())
         return value or None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -55,7 +64,7 @@ def body_key(body: Mapping[str, Any]) -> RoutingKey | None:
 
 def bytes_key(raw: bytes) -> RoutingKey:
     """Make a key of a body that has none: equal bytes belong together."""
-    return RoutingKey(f"request_hash:{blake2b(raw, digest_size=8).hexdigest()}", "request_hash")
+    return RoutingKey(f"request_hash:{_digest(raw)}", "request_hash")
 
 
 def forwarded_text_key(text: str) -> str:
@@ -93,7 +102,8 @@ class KeySources:
         if best == self._none:
             return None
         source = f"header:{self._names[best].decode()}"
-        return RoutingKey(f"{source}:{found.decode()}", source)
+        text = found.decode() if len(found) <= _LONGEST_KEY else _digest(found)
+        return RoutingKey(f"{source}:{text}", source)
 
     def routing_key(self, headers: Iterable[tuple[bytes, bytes]], body: Mapping[str, Any], raw: bytes) -> RoutingKey:
         """Find a request's key: headers, then fields of the body, then the body's bytes."""

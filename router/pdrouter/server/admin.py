@@ -16,7 +16,7 @@ from pdrouter.openai.errors import error_body
 from pdrouter.server.connection import ClientRequest
 from pdrouter.settings import SettingsError, checked_worker
 
-_BODY = 65536
+_FIELDS = ("url", "role", "worker_type")
 
 
 class AdminError(Exception):
@@ -35,7 +35,7 @@ def _asked(request: ClientRequest) -> dict[str, Any]:
         if not isinstance(body, dict):
             raise AdminError("The body must be a JSON object.")
         told |= body
-    return told
+    return {name: told[name] for name in _FIELDS if name in told}
 
 
 def _url(told: dict[str, Any]) -> str:

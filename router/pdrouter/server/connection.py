@@ -1,10 +1,12 @@
 """One HTTP/1.1 connection of a client.
 
-Requests that a client sends ahead (pipelining) are answered in order, one at a time; while one waits, no more is read.
+Requests that a client sends ahead (pipelining) are answered in order, one at a time; while one waits, or while the
+client does not take its answers, no more is read. What llhttp accepts and RFC 9112 does not is refused here.
 """
 
 import asyncio
 import logging
+import re
 from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
@@ -21,8 +23,17 @@ from pdrouter.server.limits import Limits
 _log = logging.getLogger(__name__)
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode()) for status in HTTPStatus}
 _LINGER = 2.0
+_LINGERING = 64  # connections beyond the limit that are kept until their client has read why they end
 _JSON = b"content-type: application/json\r\n"
 _JOINED = 65536  # a body up to this size is copied behind its head: one buffer less costs more than the copy
+_SMALL = 65536  # bytes of a body that are read from anybody and counted nowhere
+_PIECES = 1024  # pieces of a body that are kept apart: an object for each tiny chunk takes many times its bytes
+_AHEAD = 256  # requests that a client may send ahead of its answers
+_JUDGED = frozenset((b"content-length", b"expect", b"host", b"transfer-encoding"))
+_HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
+_ABSOLUTE = re.compile(rb"https?://[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]+(?=[/?]|$)", re.IGNORECASE)
+_FAILED = "The router failed on this request; its log tells why."
+_REFUSAL_HEADERS = {401: b"www-authenticate: Bearer\r\n", 429: b"retry-after: 1\r\n", 503: b"retry-after: 1\r\n"}
 
 
 def _status_line(status: int) -> bytes:
@@ -35,6 +46,9 @@ class Owner(Protocol):
     limits: Limits
     draining: bool
     outbox: Outbox
+    # Bytes of larger bodies that are held now, of all connections; connections open beyond the limits.
+    held: int
+    turned_away: int
     # Who may take how long: between requests, to send a head, between two pieces of a body, to take its answer.
     idle: Deadlines
     head: Deadlines
@@ -50,12 +64,15 @@ class Owner(Protocol):
     def refused(self, status: int) -> None:
         """A request was refused before it was complete."""
 
+    def unwelcome(self, request: "ClientRequest") -> tuple[int, str] | None:
+        """Say with which status and why a larger body is not worth reading, or None; the head is complete."""
+
 
 class ClientRequest:
     """A request and the way back to its client (`pdrouter.handoff.client.Client`)."""
 
     __slots__ = (
-        "_chunked", "_connection", "_done", "_started", "body", "chunks", "expects_continue", "headers",
+        "_chunked", "_connection", "_done", "_started", "body", "expects_continue", "gathered", "headers", "held",
         "keep_alive", "listener", "method", "old", "pieces", "raw", "received", "since", "target",
     )  # fmt: skip
 
@@ -66,9 +83,10 @@ class ClientRequest:
         self.headers: list[tuple[bytes, bytes]] = []
         self.body = b""
         self.pieces: list[bytes] = []
+        self.gathered: bytearray | None = None
         self.received = 0
+        self.held = 0
         self.raw = 0
-        self.chunks = 0
         self.since = 0.0
         self.keep_alive = True
         self.old = False
@@ -82,6 +100,11 @@ class ClientRequest:
     def peer(self) -> str:
         """The client's address."""
         return self._connection.client
+
+    @property
+    def started(self) -> bool:
+        """Whether the head of a streamed answer is sent."""
+        return self._started
 
     def header(self, name: bytes) -> bytes | None:
         """Give the first value of a header (lower-case name)."""
@@ -160,9 +183,9 @@ class ClientConnection:
     """
 
     __slots__ = (
-        "_closing", "_completed", "_current", "_discarding", "_handler", "_head_size", "_out", "_outbox", "_parser",
-        "_paused", "_receiving", "_refusal", "_slow", "_transport", "_unparsed", "_upgrading", "_waiting", "_watch",
-        "client", "owner",
+        "_closing", "_completed", "_current", "_discarding", "_handler", "_head_size", "_host", "_out", "_outbox",
+        "_parser", "_paused", "_receiving", "_refusal", "_slow", "_transport", "_unparsed", "_upgrading", "_waiting",
+        "_watch", "client", "owner",
     )  # fmt: skip
 
     def __init__(self, owner: Owner, handler: Callable[[ClientRequest], None]) -> None:
@@ -179,6 +202,7 @@ class ClientConnection:
         self._waiting: deque[ClientRequest] | None = None
         self._watch: Deadlines | None = None
         self._head_size = 0
+        self._host = b""
         self._unparsed = 0
         self._completed = False
         self._upgrading = False
@@ -215,8 +239,17 @@ class ClientConnection:
             return
         request.listener = None
         self._current = None
+        if request.held:
+            self._release(request)
         if not request.keep_alive:
             self.close()
+        else:
+            self._proceed()
+
+    def _proceed(self) -> None:
+        """Take the next request, now that none is under way."""
+        if self._slow:
+            self._stop_reading()  # answers that are not taken must not pile up; `resume_writing` comes back here
         elif self._waiting:
             # Not from within the answer that just ended: a client that sends thousands ahead must not nest as many.
             asyncio.get_running_loop().call_soon(self._next)
@@ -228,8 +261,17 @@ class ClientConnection:
             self._wait(self.owner.idle)
 
     def _next(self) -> None:
-        if self._current is None and self._waiting and self._transport is not None:
+        if self._current is None and self._waiting and self._transport is not None and not self._slow:
             self._take(self._waiting.popleft())
+
+    def _stop_reading(self) -> None:
+        if not self._paused and self._transport is not None and not self._transport.is_closing():
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _release(self, request: ClientRequest) -> None:
+        self.owner.held -= request.held
+        request.held = 0
 
     def _go_on(self) -> None:
         if self._refusal is not None:
@@ -237,7 +279,7 @@ class ClientConnection:
             return
         if self._receiving is not None:
             self._continue(self._receiving)
-        if self._paused and self._transport is not None:
+        if self._paused and self._transport is not None and not self._transport.is_closing():
             self._paused = False
             self._transport.resume_reading()
         self._wait_for_client()
@@ -320,47 +362,86 @@ class ClientConnection:
         self._unparsed = 0
         if request is None or self._refusal is not None:
             return
-        limits, parser = self.owner.limits, self._parser
+        parser = self._parser
         request.method = parser.get_method()
-        request.old = parser.get_http_version() == "1.0"
+        version = parser.get_http_version()
+        request.old = version == "1.0"
         request.keep_alive = parser.should_keep_alive()
-        if size > limits.head:
+        if size > self.owner.limits.head:
             self._head_too_large()
-            return
-        if len(request.headers) > limits.header_count:
-            self._refusal = (431, f"A request may have {limits.header_count} headers.")
-            return
-        if parser.should_upgrade() and request.method != b"CONNECT":
+        elif request.method == b"CONNECT":
+            self._refusal = (501, "This is no proxy: there is no CONNECT.")
+        elif not request.old and version != "1.1":
+            self._refusal = (505, "This port speaks HTTP/1.1.")
+        elif parser.should_upgrade():
             self._upgrading = True
-            return
+        else:
+            self._refusal = self._judge(request)
+            if request.expects_continue and self._current is None and not self._waiting:
+                self._continue(request)
+
+    def _judge(self, request: ClientRequest) -> tuple[int, str] | None:
+        """Say why a head is refused, or None. Sections are those of RFC 9112, or of RFC 9110 where that is named."""
+        limits = self.owner.limits
+        if len(request.headers) > limits.header_count:
+            return 431, f"A request may have {limits.header_count} headers."
+        hosts, large = 0, False
         for name, value in request.headers:
-            if name == b"content-length":
-                if int(value) > limits.body:
-                    self._too_large()
-            elif name == b"expect":
-                if value.lower() == b"100-continue":
-                    request.expects_continue = True
-                else:
-                    self._refusal = (417, "Only Expect: 100-continue is known.")
-        if request.expects_continue and self._current is None and not self._waiting:
-            self._continue(request)
+            if name not in _JUDGED:
+                continue
+            if name == b"host":
+                hosts += 1
+                if value != self._host:
+                    if not _HOST.fullmatch(value):
+                        return 400, "The Host header is no host."
+                    self._host = value
+            elif name == b"content-length":
+                length = int(value)
+                if length > limits.body:
+                    return self._too_large()
+                large = length > _SMALL
+            elif name == b"transfer-encoding":
+                if request.old:
+                    return 400, "HTTP/1.0 knows no Transfer-Encoding."  # 6.1
+                if value.lower() != b"chunked":
+                    return 501, "The only Transfer-Encoding known here is chunked."  # 6.1
+                large = True
+            elif request.old:
+                pass  # RFC 9110 10.1.1: HTTP/1.0 has no expectations
+            elif value.lower() == b"100-continue":
+                request.expects_continue = True
+            else:
+                return 417, "Only Expect: 100-continue is known."
+        if hosts > 1 or (hosts == 0 and not request.old):
+            return 400, "A request has one Host header."  # 3.2
+        target = request.target
+        if not target.startswith(b"/") and target != b"*":
+            found = _ABSOLUTE.match(target)
+            if found is None:
+                return 400, "The target is neither a path nor an http URL."  # 3.2
+            # 3.2.2: the name in the URL replaces Host; here neither decides anything.
+            rest = target[found.end() :]
+            request.target = rest if rest.startswith(b"/") else b"/" + rest
+        if b"#" in target:
+            return 400, "A target has no fragment."  # 3.2
+        return self.owner.unwelcome(request) if large else None
 
     def _head_too_large(self) -> None:
-        if self._refusal is None:
-            self._refusal = (431, f"Request line and headers may have {self.owner.limits.head} bytes.")
+        if self._refusal is not None:
+            return
+        most = self.owner.limits.head
+        if self._receiving is not None and len(self._receiving.target) > most:
+            self._refusal = (414, f"Request line and headers may have {most} bytes; the target alone has more.")
+        else:
+            self._refusal = (431, f"Request line and headers may have {most} bytes.")
 
     def _continue(self, request: ClientRequest) -> None:
         if request.expects_continue and self._refusal is None and not request.received:
             request.expects_continue = False
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _too_large(self) -> None:
-        self._refusal = (413, f"A request body may have {self.owner.limits.body} bytes.")
-
-    def on_chunk_header(self) -> None:
-        """Count a chunk."""
-        if self._receiving is not None:
-            self._receiving.chunks += 1
+    def _too_large(self) -> tuple[int, str]:
+        return 413, f"A request body may have {self.owner.limits.body} bytes."
 
     def on_body(self, data: bytes) -> None:
         """Take a piece of the body."""
@@ -369,10 +450,28 @@ class ClientConnection:
             return
         request.received += len(data)
         if request.received > self.owner.limits.body:
-            request.pieces.clear()
-            self._too_large()
-        else:
-            request.pieces.append(data)
+            self._refusal = self._too_large()
+        elif request.received > _SMALL and not self._hold(request):
+            self._refusal = (503, "The router holds as much of requests as it may; try again later.")
+        pieces = request.pieces
+        if self._refusal is not None:
+            pieces.clear()
+            request.gathered = None
+            self._release(request)
+            return
+        pieces.append(data)
+        if len(pieces) == _PIECES:
+            if request.gathered is None:
+                request.gathered = bytearray()
+            request.gathered += b"".join(pieces)
+            pieces.clear()
+
+    def _hold(self, request: ClientRequest) -> bool:
+        """Count the bytes of a larger body; tell whether there is room for them."""
+        owner = self.owner
+        owner.held += request.received - request.held
+        request.held = request.received
+        return owner.held <= owner.limits.bodies
 
     def on_message_complete(self) -> None:
         """The request is complete: serve it, or let it wait for the one before it."""
@@ -380,18 +479,26 @@ class ClientConnection:
             return
         self._completed = True
         request, self._receiving = self._receiving, None
-        if request is None or self._refusal is not None:
+        if request is None:
+            return
+        if self._refusal is not None or self._closing:  # the answer before told that it is the last one
+            self._release(request)
             return
         pieces = request.pieces
         request.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
-        if self._current is not None or self._waiting:
+        if request.gathered is not None:
+            request.body = bytes(request.gathered + request.body)
+            request.gathered = None
+        if self._current is not None or self._waiting or self._slow:
             if self._waiting is None:
                 self._waiting = deque()
+            if len(self._waiting) == _AHEAD:
+                self._release(request)
+                self._refusal = (429, f"A client may send {_AHEAD} requests ahead of their answers.")
+                return
             self._waiting.append(request)
-            if not self._paused and self._transport is not None:
-                self._paused = True
-                self._transport.pause_reading()
+            self._stop_reading()
         else:
             self._take(request)
 
@@ -401,12 +508,15 @@ class ClientConnection:
             self._handler(request)
         except Exception:
             _log.exception("a request failed in the router itself; please report this")
+            listener = request.listener
             if self._current is request:
                 request.keep_alive = False
-                request.respond(500, error_body(500, "The router failed on this request; its log tells why."), _JSON)
-        if self._slow and self._current is request and request.listener is not None:
-            # The answer before this one still fills the buffer, and asyncio tells that only once.
-            request.listener.client_slow()
+                if request.started:
+                    request.break_off()
+                else:
+                    request.respond(500, error_body(500, _FAILED), _JSON)
+            if listener is not None:
+                listener.client_gone()  # what was begun for it ends, and is counted no more
 
     # asyncio callbacks
 
@@ -417,12 +527,14 @@ class ClientConnection:
         self.client = str(peer[0]) if isinstance(peer, tuple) else "-"
         if not self.owner.joined(self, self.client):
             self._refuse(503, "The router has as many connections as it may have; close some.")
+            if self.owner.turned_away > _LINGERING:
+                self.close()
         else:
             self._wait(self.owner.idle)
 
     def data_received(self, data: bytes) -> None:
         """Parse (asyncio)."""
-        while data and not self._discarding and self._refusal is None:
+        while data and not self._discarding and self._refusal is None and not self._closing:
             data = self._parse(data)
         if self._receiving is not None or (self._watch is not None and self._current is not None):
             self._wait_for_client()
@@ -433,13 +545,17 @@ class ClientConnection:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as error:
-            return self._decline_upgrade(data[error.args[0] :])
+            if self._upgrading:
+                return self._decline_upgrade(data[error.args[0] :])
+        except httptools.HttpParserCallbackError:
+            _log.exception("a request failed in the router itself; please report this")
+            self._refusal = (500, _FAILED)
         except httptools.HttpParserError as error:
             if self._refusal is None:
                 self._refusal = (400, f"This is not valid HTTP/1.1: {error}")
         if self._receiving is not None:
             self._count(self._receiving, len(data))
-        if self._refusal is not None and self._current is None and not self._waiting:
+        if self._refusal is not None and not (self._current or self._waiting or self._slow or self._closing):
             self._refuse(*self._refusal)
         return b""
 
@@ -451,13 +567,15 @@ class ClientConnection:
             if self._unparsed > limits.head or self._head_size > limits.head:
                 self._head_too_large()
             return
-        if request.raw == 0:
+        if request.since == 0:
             request.since = asyncio.get_running_loop().time()
-        elif asyncio.get_running_loop().time() - request.since > 10 * limits.body_seconds:
-            self._refusal = (408, f"The request did not arrive within {10 * limits.body_seconds:g} s.")
-        request.raw += size
-        if request.raw - request.received > 2 * limits.head + limits.chunk_overhead * request.chunks:
-            self._refusal = (413, "The request has too much in chunk extensions or trailers.")
+            request.raw = request.received  # this read has its head too, and maybe requests before it
+        else:
+            if asyncio.get_running_loop().time() - request.since > 10 * limits.body_seconds:
+                self._refusal = (408, f"The request did not arrive within {10 * limits.body_seconds:g} s.")
+            request.raw += size
+        if request.raw - request.received > 2 * limits.head + request.received:
+            self._refusal = (413, "The request has more in chunk sizes, extensions and trailers than in its body.")
 
     def _decline_upgrade(self, rest: bytes) -> bytes:
         """Serve a request that offers another protocol as if it had not (RFC 9110 section 7.8 allows that).
@@ -467,12 +585,16 @@ class ClientConnection:
         """
         request, self._receiving = self._receiving, None
         self._parser = httptools.HttpRequestParser(self)
-        if request is None or not self._upgrading:  # CONNECT, which has been refused
-            self.close()
-            return b""
         self._upgrading = False
-        kept = [(name, value) for name, value in request.headers if name not in (b"upgrade", b"connection")]
-        lines = b"".join(b"%b: %b\r\n" % header for header in kept)
+        if request is None:
+            return b""
+        lines = b""
+        for name, value in request.headers:
+            if name == b"connection":
+                if b"close" in [option.strip() for option in value.lower().split(b",")]:
+                    lines += b"connection: close\r\n"
+            elif name != b"upgrade":
+                lines += b"%b: %b\r\n" % (name, value)
         version = b"1.0" if request.old else b"1.1"
         return b"%b %b HTTP/%b\r\n%b\r\n%b" % (request.method, request.target, version, lines, rest)
 
@@ -483,12 +605,14 @@ class ClientConnection:
         connection and could destroy the answer on its way.
         """
         self._discarding = True
-        self._receiving = None
+        if self._receiving is not None:
+            self._release(self._receiving)
+            self._receiving = None
         self._wait(None)
         self.owner.refused(status)
         body = error_body(status, message)
         framing = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.send(_status_line(status) + _JSON + framing + body)
+        self.send(b"".join((_status_line(status), _JSON, _REFUSAL_HEADERS.get(status, b""), framing, body)))
         self.flush()
         transport = self._transport
         if transport is not None and not transport.is_closing():
@@ -505,14 +629,20 @@ class ClientConnection:
         """The client does not keep up (asyncio)."""
         self._slow = True
         self.owner.write.start(self)
-        if self._current is not None and self._current.listener is not None:
+        if self._current is None:
+            self._stop_reading()
+        elif self._current.listener is not None:
             self._current.listener.client_slow()
 
     def resume_writing(self) -> None:
         """The client keeps up again (asyncio)."""
         self._slow = False
         self.owner.write.stop(self)
-        if self._current is not None and self._current.listener is not None:
+        if self._closing or self._discarding:
+            return
+        if self._current is None:
+            self._proceed()
+        elif self._current.listener is not None:
             self._current.listener.client_ready()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -521,8 +651,12 @@ class ClientConnection:
         self._wait(None)
         self.owner.write.stop(self)
         self.owner.left(self, self.client)
+        request, self._current = self._current, None
+        for one in (request, self._receiving, *(self._waiting or ())):
+            if one is not None and one.held:
+                self._release(one)
+        self._receiving = None
         if self._waiting:
             self._waiting.clear()
-        request, self._current = self._current, None
         if request is not None and request.listener is not None:
             request.listener.client_gone()

@@ -24,6 +24,7 @@ class Listener:
         handler: Callable[[ClientRequest], None],
         limits: Limits,
         refused: Callable[[int], None] = lambda status: None,
+        unwelcome: Callable[[ClientRequest], tuple[int, str] | None] = lambda request: None,
     ) -> None:
         """Prepare; needs a running event loop.
 
@@ -31,9 +32,13 @@ class Listener:
             handler: gets each complete request.
             limits: what a client may not exceed.
             refused: gets the status of each request that was refused before it was complete.
+            unwelcome: says with which status and why a body over 64 KiB is not worth reading, or None.
         """
         loop = asyncio.get_running_loop()
         self.refused = refused
+        self.unwelcome = unwelcome
+        self.held = 0
+        self.turned_away = 0
         self.limits = limits
         self.draining = False
         self.outbox = Outbox(loop)
@@ -44,6 +49,7 @@ class Listener:
         self._handler = handler
         self._connections: set[ClientConnection] = set()
         self._of_client: dict[str, int] = {}
+        self._crowd: set[ClientConnection] = set()
         self._server: asyncio.Server | None = None
         self._empty = asyncio.Event()
 
@@ -71,6 +77,8 @@ class Listener:
                 backlog=4096,
                 reuse_port=shared or None,
                 ssl=tls,
+                # Until TLS is agreed upon there is no connection that could be counted or watched.
+                ssl_handshake_timeout=self.limits.head_seconds if tls is not None else None,
             )
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
@@ -91,11 +99,22 @@ class Listener:
         self._connections.add(connection)
         of_client = self._of_client.get(client, 0) + 1
         self._of_client[client] = of_client
-        return len(self._connections) <= self.limits.connections and of_client <= self.limits.connections_per_client
+        limits = self.limits
+        if (
+            len(self._connections) - self.turned_away <= limits.connections
+            and of_client <= limits.connections_per_client
+        ):
+            return True
+        self._crowd.add(connection)
+        self.turned_away = len(self._crowd)
+        return False
 
     def left(self, connection: ClientConnection, client: str) -> None:
         """A connection is closed."""
         self._connections.discard(connection)
+        if self._crowd:
+            self._crowd.discard(connection)
+            self.turned_away = len(self._crowd)
         of_client = self._of_client.pop(client, 0) - 1
         if of_client > 0:
             self._of_client[client] = of_client

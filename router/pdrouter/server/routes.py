@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import re
 from collections.abc import Awaitable, Callable
 from math import inf
 
@@ -17,11 +18,10 @@ from pdrouter.handoff.relay import Relay
 from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
 from pdrouter.observe.traces import CONTEXT
-from pdrouter.openai.asked import CHAT, COMPLETIONS, Asked, read
-from pdrouter.openai.batch import choices_per_prompt, part_body
+from pdrouter.openai.asked import CHAT, COMPLETIONS, Asked, passed, read
+from pdrouter.openai.batch import choices_per_prompt, part_body, repeated
 from pdrouter.openai.errors import RequestError, error_body
 from pdrouter.openai.features import Prompt
-from pdrouter.openai.legs import without_ticket
 from pdrouter.openai.routing_key import KeySources, bytes_key
 from pdrouter.policies import RoutingKey
 from pdrouter.server.connection import ClientRequest
@@ -30,6 +30,11 @@ from pdrouter.settings import Settings
 
 GENERATIONS = frozenset((COMPLETIONS, CHAT))
 _PASSED = frozenset(("/tokenize", "/detokenize", "/tokenizer_info", "/version"))
+# An engine decodes `%2e` and the like, so what is no plain path could be another path there than it is here.
+_PLAIN = re.compile(r"/v1(?:/[A-Za-z0-9_~:@=+,-][A-Za-z0-9._~:@=+,-]*)+")
+# These change one engine, and let it fetch what a client names.
+_NOT_PASSED = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
+_NO_KEY = "The API key is missing or wrong; send it as Authorization: Bearer KEY."
 # Paths that may be labels of metrics; any other would let clients grow the metrics page.
 _LABELS = GENERATIONS | _PASSED | {"/v1/models", "/v1/embeddings", "/v1/responses", "/v1/messages"}
 _JSON_LINE = b"content-type: application/json\r\n"
@@ -43,6 +48,7 @@ class Routes:
         self._desk = desk
         self._credential = f"Bearer {settings.api_key}".encode() if settings.api_key else None
         self._max_prompts = settings.max_prompts
+        self._max_payload = settings.max_payload_size
         self._keys = KeySources(settings.session_header)
         self._draining = draining
         self._own = {"/health": self._health, "/ready": self._ready}
@@ -58,7 +64,7 @@ class Routes:
         elif path in GENERATIONS:
             if self._method(request, path, "POST") and self._admitted(request, path):
                 self._generate(request, path)
-        elif path in _PASSED or (path.startswith("/v1/") and ".." not in path):
+        elif path in _PASSED or (path not in _NOT_PASSED and _PLAIN.fullmatch(path)):
             if self._method(request, path, "GET", "POST") and self._admitted(request, path):
                 self._pass_on(request, path)
         else:
@@ -87,8 +93,7 @@ class Routes:
     def _admitted(self, request: ClientRequest, path: str) -> bool:
         label = self._label(path)
         if not self._allowed(request):
-            message = "The API key is missing or wrong; send it as Authorization: Bearer KEY."
-            self._refuse(request, label, 401, "api_key", message, b"www-authenticate: Bearer\r\n")
+            self._refuse(request, label, 401, "api_key", _NO_KEY, b"www-authenticate: Bearer\r\n")
             return False
         encoding = request.header(b"content-encoding")
         if encoding is not None and encoding.lower() != b"identity":
@@ -105,6 +110,10 @@ class Routes:
         request.respond(status, error_body(status, message), JSON_HEADERS + headers)
         self._desk.observer.finished(record)
 
+    def unwelcome(self, request: ClientRequest) -> tuple[int, str] | None:
+        """Turn away who has no API key before a larger body is read."""
+        return None if self._allowed(request) else (401, _NO_KEY)
+
     def refused(self, status: int) -> None:
         """Record a request that was refused before it was complete: too large, or no HTTP."""
         record = Record("-", "other", "refused")
@@ -117,18 +126,18 @@ class Routes:
     def _generate(self, request: ClientRequest, path: str) -> None:
         raw = request.body
         try:
-            asked = read(path, raw)
+            asked = read(path, raw, self._max_prompts)
         except RequestError as error:
-            self._refuse(request, path, error.status, "body", error.message)
+            self._refuse(request, path, error.status, error.reason, error.message)
             return
-        if asked.prompts is not None and len(asked.prompts) > self._max_prompts:
-            message = f"A request may have {self._max_prompts} prompts; this one has {len(asked.prompts)}."
-            self._refuse(request, path, 400, "prompts", message)
+        if asked.prompts is not None and repeated(asked.body) > self._max_payload:
+            message = f"What is beside the prompts would go on {len(asked.prompts)} times; send them one by one."
+            self._refuse(request, path, 413, "prompts", message)
             return
         record = Record(request_id(request.header(b"x-request-id")), path, generation=True)
         told = self._told(request, record) + _JSON_LINE
         if asked.alone is not None:
-            self._generate_alone(request, asked, raw, record, told)
+            self._generate_alone(request, asked, record, told)
         elif asked.prompts is not None:
             self._generate_batch(request, asked, asked.prompts, record, told)
         else:
@@ -137,9 +146,8 @@ class Routes:
             record.reason = desk.pair_reason(key)
             relay = Relay(desk, request, record)
             way = Way(b"POST", request.target, told, record.request_id, record.span)
-            bare = without_ticket(asked.body, raw)
             deadline = self._deadline(request, relay)
-            relay.begin(Pair(desk, way, path, asked.body, bare, Prompt(key, asked.body), record, relay, deadline))
+            relay.begin(Pair(desk, way, path, asked.body, asked.bare, Prompt(key, asked.body), record, relay, deadline))
 
     def _deadline(self, request: ClientRequest, delivery: Delivery) -> float:
         """Note how long the client wants to wait; give the loop time at which that is over."""
@@ -155,14 +163,14 @@ class Routes:
         record.span = traces.request(request.method.decode(), record.path, request.headers)
         return forwarded(header for header in request.headers if header[0] not in CONTEXT)
 
-    def _generate_alone(self, request: ClientRequest, asked: Asked, raw: bytes, record: Record, told: bytes) -> None:
+    def _generate_alone(self, request: ClientRequest, asked: Asked, record: Record, told: bytes) -> None:
         desk = self._desk
-        key = self._keys.routing_key(request.headers, asked.body, raw)
+        key = self._keys.routing_key(request.headers, asked.body, request.body)
         record.reason = f"single_engine:{asked.alone}"
         relay = Relay(desk, request, record)
         way = Way(b"POST", request.target, told, record.request_id, record.span)
-        bare, deadline = without_ticket(asked.body, raw), self._deadline(request, relay)
-        relay.begin(Alone(desk, way, bare, Prompt(key, asked.body), record, relay, streams(asked.body), deadline))
+        deadline = self._deadline(request, relay)
+        relay.begin(Alone(desk, way, asked.bare, Prompt(key, asked.body), record, relay, streams(asked.body), deadline))
 
     def _generate_batch(
         self, request: ClientRequest, asked: Asked, prompts: list[object], record: Record, told: bytes
@@ -188,6 +196,11 @@ class Routes:
 
     def _pass_on(self, request: ClientRequest, path: str) -> None:
         desk = self._desk
+        try:
+            body = passed(request.header(b"content-type") or b"", request.body)
+        except RequestError as error:
+            self._refuse(request, self._label(path), error.status, error.reason, error.message)
+            return
         record = Record(request_id(request.header(b"x-request-id")), self._label(path), "single_engine:path")
         told = self._told(request, record)
         for name in (b"content-type", b"accept"):
@@ -198,9 +211,8 @@ class Routes:
         relay = Relay(desk, request, record)
         method = b"GET" if request.method == b"HEAD" else request.method
         way = Way(method, request.target, told, record.request_id, record.span)
-        relay.begin(
-            Alone(desk, way, request.body, Prompt(key, {}), record, relay, False, self._deadline(request, relay))
-        )
+        deadline = self._deadline(request, relay)
+        relay.begin(Alone(desk, way, body, Prompt(key, {}), record, relay, False, deadline))
 
     @staticmethod
     def _path_key(request: ClientRequest) -> RoutingKey:

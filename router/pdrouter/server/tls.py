@@ -6,7 +6,7 @@ import ssl
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
-_LOOK_EVERY = 2.0
+_LOOK_EVERY = 1.0
 
 
 class CertificateError(Exception):
@@ -30,11 +30,17 @@ class Certificate:
         self.context.set_alpn_protocols(["http/1.1"])
         self._seen = self._stamp()
         try:
-            self.context.load_cert_chain(certificate, key)
+            self._load()
         except (OSError, ssl.SSLError) as error:
             raise CertificateError(
                 f"cannot use --tls-cert-file {certificate} with --tls-key-file {key}: {error}"
             ) from None
+
+    def _load(self) -> None:
+        # First elsewhere: a certificate that does not fit its key would leave the context without a key. The empty
+        # password lets an encrypted key fail instead of asking at the terminal.
+        for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self.context):
+            context.load_cert_chain(self._certificate, self._key, "")
 
     def _stamp(self) -> tuple[tuple[int, int], ...]:
         stamps = []
@@ -55,7 +61,7 @@ class Certificate:
         if stamp != self._seen:
             self._seen = stamp
             try:
-                self.context.load_cert_chain(self._certificate, self._key)
+                self._load()
                 _log.info("tls=reloaded certificate=%s", self._certificate)
             except (OSError, ssl.SSLError) as error:
                 _log.warning("tls=kept certificate=%s why=%s", self._certificate, error)

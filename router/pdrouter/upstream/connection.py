@@ -130,6 +130,8 @@ class EngineConnection:
 
     def on_message_complete(self) -> None:
         """Note the end; `data_received` acts on it once the parser has returned and has forgotten this message."""
+        if self._headers:
+            self._headers = []  # trailers, which are nobody's: the next answer must not begin with them
         if self._status >= 200:
             self._complete = True
             self._keep = self._parser.should_keep_alive() and not self._until_close

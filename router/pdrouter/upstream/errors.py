@@ -13,6 +13,12 @@ class ConnectError(UpstreamError):
     reason = "connect"
 
 
+class ExhaustedError(UpstreamError):
+    """The router has no open file left for a connection: its own fault, not the engine's."""
+
+    reason = "no_files"
+
+
 class ClosedError(UpstreamError):
     """The engine closed the connection before its answer was complete."""
 

@@ -1,13 +1,14 @@
 """Calls to engines over kept connections."""
 
 import asyncio
+import errno
 from typing import Protocol, cast
 
 from pdrouter.fleet.engine import Engine
 from pdrouter.fleet.rows import Rows
 from pdrouter.outbox import Outbox
 from pdrouter.upstream.connection import EngineConnection, Receiver
-from pdrouter.upstream.errors import ConnectError, TooLateError, UpstreamError
+from pdrouter.upstream.errors import ConnectError, ExhaustedError, TooLateError, UpstreamError
 
 
 class Perishable(Protocol):
@@ -242,6 +243,9 @@ class Pool:
         except TimeoutError:
             call.lost(ConnectError(f"no connection to {engine.url} within {self._connect_timeout:g} s"))
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                call.lost(ExhaustedError(f"no open file left to connect to {engine.url}; raise the limit (ulimit -n)"))
+                return
             call.lost(ConnectError(f"cannot connect to {engine.url}: {error.strerror or error}"))
         else:
             call.connected(connection)
