@@ -9,7 +9,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-_COMPILED = ("deadlines.py", "outbox.py", "fleet", "handoff", "observe", "openai", "server", "upstream")
+_COMPILED = ("deadlines.py", "outbox.py", "fleet", "handoff", "observe", "openai", "policies", "server", "upstream")
 
 
 def _modules() -> list[str]:
@@ -18,7 +18,8 @@ def _modules() -> list[str]:
     for name in _COMPILED:
         path = here / name
         found += [path] if path.suffix else sorted(path.glob("*.py"))
-    return [str(path) for path in found if path.name != "__init__.py"]
+    # `choice.py` has protocols that are asked about at run time, which mypyc cannot make.
+    return [str(path) for path in found if path.name not in ("__init__.py", "choice.py")]
 
 
 def _extensions() -> list[Extension]:

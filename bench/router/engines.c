@@ -67,6 +67,8 @@ static const char MODELS[] =
     "{\"object\":\"list\",\"data\":[{\"id\":\"llama31\",\"object\":\"model\",\"created\":1700000000,"
     "\"owned_by\":\"vllm\",\"root\":\"llama31\",\"parent\":null,\"max_model_len\":32768}]}";
 
+static const char VERSION[] = "{\"version\":\"0.32.0\"}";
+
 static char *burst;
 static size_t burst_size;
 static char piece[1024];
@@ -163,6 +165,7 @@ static void read_from(int fd) {
                 char number[32];
                 if (strncmp(c->buffer + 4, "/metrics", 8) == 0) answer(fd, "text/plain", metrics, metrics_size);
                 else if (strncmp(c->buffer + 4, "/v1/models", 10) == 0) answer(fd, "application/json", MODELS, sizeof MODELS - 1);
+                else if (strncmp(c->buffer + 4, "/version", 8) == 0) answer(fd, "application/json", VERSION, sizeof VERSION - 1);
                 else if (strncmp(c->buffer + 4, "/count", 6) == 0)
                     answer(fd, "text/plain", number, (size_t)snprintf(number, sizeof number, "%lu", sent));
                 else answer(fd, "application/json", "{}", 2);

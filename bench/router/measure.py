@@ -17,10 +17,18 @@ class FailedError(Exception):
 
 
 def _script(stream: bool) -> Path:
-    body = COMPLETION % (PROMPT, "true" if stream else "false")
+    """Write what wrk sends: every prompt is another, so that nothing is found in a cache that would not be there."""
+    body = COMPLETION % (PROMPT + " %d", "true" if stream else "false")
     path = BUILD / f"post-{'stream' if stream else 'whole'}.lua"
     path.write_text(
-        f"wrk.method = 'POST'\nwrk.body = '{body}'\nwrk.headers['Content-Type'] = 'application/json'\n",
+        f"""local number, body = 0, '{body}'
+wrk.method = 'POST'
+wrk.headers['Content-Type'] = 'application/json'
+request = function()
+  number = number + 1
+  return wrk.format(nil, nil, nil, string.format(body, number))
+end
+""",
         encoding="utf-8",
     )
     return path

@@ -212,7 +212,7 @@ def _rules(settings: Settings) -> Rules:
     return Rules(
         lease=settings.kv_lease_seconds, request_timeout=settings.request_timeout_secs,
         queue_size=settings.queue_size, queue_timeout=settings.queue_timeout_secs,
-        continues=settings.continue_streams == "on", decode_only=settings.decode_only == "on",
+        continues=settings.continue_streams, decode_only=settings.decode_only,
         api_key=settings.api_key,
     )  # fmt: skip
 

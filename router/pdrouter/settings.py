@@ -67,8 +67,8 @@ class Settings:
     health_interval_secs: float = 1.0
     kv_lease_seconds: float = 30.0
     stall_timeout_secs: float = 15.0
-    continue_streams: Literal["on", "off"] = "on"
-    decode_only: Literal["on", "off"] = "on"
+    continue_streams: bool = True
+    decode_only: bool = True
     canary_interval_secs: float = 0.0
     max_concurrent_requests: int = 4096
     queue_size: int = 1024
@@ -151,7 +151,9 @@ def _parser() -> argparse.ArgumentParser:
         kind = meaning | told["$defs"].get(meaning.get("$ref", "").rpartition("/")[2], {})
         default = defaults.get(name)
         text = meaning["description"] if default is None else f"{meaning['description']} Default {default}."
-        if "enum" in kind:
+        if kind.get("type") == "boolean":
+            add(_flag(name), action=argparse.BooleanOptionalAction, default=None, help=meaning["description"])
+        elif "enum" in kind:
             add(_flag(name), choices=kind["enum"], help=text)
         else:
             read = {"integer": int, "number": float}.get(str(kind["type"]), str)

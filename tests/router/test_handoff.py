@@ -268,7 +268,7 @@ def test_a_stream_arrives_byte_for_byte_and_at_once():
     pieces = [b'data: {"a":1}\n\n', b"data: \xc3", b"\xa9\n\ndata: x\r\n", b"\n" * 70000, b"data: [DONE]\n\n"]
 
     async def main():
-        async with routed(continue_streams="off") as bed:
+        async with routed(continue_streams=False) as bed:
             turn = asyncio.Semaphore(0)
 
             async def decode(seen: Seen, out: Out) -> None:
@@ -308,7 +308,7 @@ def test_usage_is_counted_from_both_kinds_of_answer():
     run(main)
 
 
-@pytest.mark.parametrize("leg", ["prefill", "decode", "streaming"])
+@pytest.mark.parametrize("leg", ["long prefill", "decode", "streaming"])
 def test_a_client_that_leaves_aborts_the_leg_under_way(leg):
     async def main():
         async with routed() as bed:
@@ -319,20 +319,21 @@ def test_a_client_that_leaves_aborts_the_leg_under_way(leg):
                     await out.chunk(event(seen, 0, "a"))
                 await asyncio.sleep(60)
 
-            engine = bed.prefill if leg == "prefill" else bed.decode
+            engine = bed.prefill if leg == "long prefill" else bed.decode
             engine.behave = hang
             reader, writer = await bed.connect()
-            body = json.dumps({"prompt": "x", "stream": leg == "streaming"}).encode()
+            prompt = "x" * (400_000 if leg == "long prefill" else 1)
+            body = json.dumps({"prompt": prompt, "stream": leg == "streaming"}).encode()
             writer.write(fakes.wire("POST", "/v1/completions", body))
             await until(lambda: engine.seen, "the leg is under way")
             if leg == "streaming":
                 await reader.readuntil(b"data:")
-            assert [one.in_flight for one in bed.router.fleet] == ([1, 0] if leg == "prefill" else [0, 1])
+            assert [one.in_flight for one in bed.router.fleet] == ([1, 0] if leg == "long prefill" else [0, 1])
             writer.close()
             await writer.wait_closed()
             await until(engine.seen[0].gone.is_set, "the engine sees its client go", 2)
             assert [one.in_flight for one in bed.router.fleet] == [0, 0]
-            if leg == "prefill":
+            if leg == "long prefill":
                 assert bed.decode.seen == []
             assert 'reason="client_gone"} 1.0' in await bed.metrics()
 
@@ -397,7 +398,7 @@ def test_an_engine_that_refuses_connections_is_replaced_and_left_alone(role):
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_without_a_healthy_engine_of_a_role_the_answer_is_503(role):
     async def main():
-        async with routed(queue_timeout_secs=0.2, decode_only="off") as bed:
+        async with routed(queue_timeout_secs=0.2, decode_only=False) as bed:
             engine = bed.prefill if role == "prefill" else bed.decode
             engine.healthy = False
             ready = fakes.wire("GET", "/ready")

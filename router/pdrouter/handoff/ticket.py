@@ -80,11 +80,11 @@ class Ticket:
 
 
 def _missing(params: dict[str, Any]) -> list[str]:
-    return [name for name in NEEDED if params.get(name) in (None, "", [])]
+    return [name for name in NEEDED if not params.get(name)]
 
 
-def _parts(raw: bytes) -> tuple[bytes, Any, Any, int | None]:
-    """Give the ticket's own bytes, the same parsed, the model's name and the count of prompt tokens.
+def _parts(raw: bytes) -> tuple[bytes, Any, Any]:
+    """Give the ticket's own bytes, the same parsed, and the model's name.
 
     An engine writes compact JSON, so the ticket is cut out of it instead of parsing the whole answer: quotes inside of
     strings have backslashes before them, so the marks can only be what they seem.
@@ -92,19 +92,18 @@ def _parts(raw: bytes) -> tuple[bytes, Any, Any, int | None]:
     at = raw.find(_FIELD)
     named = raw.find(_MODEL)
     if at >= 0 and named >= 0:
-        bare = raw[at + len(_FIELD) - 1 : raw.find(b"}", at) + 1]
+        begin = at + len(_FIELD) - 1
+        bare = raw[begin : raw.find(b"}", begin) + 1]
         name = raw[named + len(_MODEL) : raw.find(b'"', named + len(_MODEL))]
-        if b"{" not in bare[1:] and b"\\" not in name:
+        if b"\\" not in name:
             try:
-                params = orjson.loads(bare)
+                return bare, orjson.loads(bare), name.decode("utf-8", "replace")
             except orjson.JSONDecodeError:
-                raise TicketError("its answer is not JSON") from None
-            usage = told_usage(raw)
-            return bare, params, name.decode("utf-8", "replace"), None if usage is None else usage[0]
+                pass  # it has objects inside
     return _parsed(raw)
 
 
-def _parsed(raw: bytes) -> tuple[bytes, Any, Any, int | None]:
+def _parsed(raw: bytes) -> tuple[bytes, Any, Any]:
     try:
         answer = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -112,9 +111,7 @@ def _parsed(raw: bytes) -> tuple[bytes, Any, Any, int | None]:
     if not isinstance(answer, dict):
         raise TicketError("its answer is not a JSON object")
     params = answer.get(TICKET_FIELD)
-    usage = answer.get("usage")
-    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    return orjson.dumps(params), params, answer.get("model"), tokens if isinstance(tokens, int) else None
+    return orjson.dumps(params), params, answer.get("model")
 
 
 def read_ticket(raw: bytes, prefill: Engine, decode: Engine, asked_model: Any, now: float, lease: float) -> Ticket:
@@ -131,7 +128,7 @@ def read_ticket(raw: bytes, prefill: Engine, decode: Engine, asked_model: Any, n
     Raises:
         TicketError: it is no JSON object, lacks a needed part of the ticket, or is of another model.
     """
-    bare, params, model, tokens = _parts(raw)
+    bare, params, model = _parts(raw)
     if not isinstance(params, dict):
         raise TicketError("its answer has no kv_transfer_params; is it started with --kv-transfer-config?")
     if missing := _missing(params):
@@ -148,4 +145,8 @@ def read_ticket(raw: bytes, prefill: Engine, decode: Engine, asked_model: Any, n
     groups = params["remote_block_ids"]
     blocks = len(groups[0]) if isinstance(groups, list) and isinstance(groups[0], list) else 0
     life = str(params["remote_engine_id"])
+    tokens = params.get("remote_num_tokens")
+    if not isinstance(tokens, int):  # older engines do not tell
+        usage = told_usage(raw)
+        tokens = None if usage is None else usage[0]
     return Ticket(bare, prefill, now, now + lease * (1 - MARGIN), tokens, life, blocks)

@@ -19,10 +19,17 @@ class RoutingKey:
 
     __slots__ = ("_place", "source", "text")
 
-    def __init__(self, text: str, source: str) -> None:
+    def __init__(self, text: str, source: str, place: int = -1) -> None:
+        """Prepare.
+
+        Args:
+            text: what is equal for requests that belong together.
+            source: where it was found.
+            place: its place on the ring, 64 bits evenly spread, where it is known; else it is hashed when asked for.
+        """
         self.text = text
         self.source = source
-        self._place = -1
+        self._place = place
 
     @property
     def place(self) -> int:

@@ -96,7 +96,7 @@ class PdCost:
     @classmethod
     def of(cls, role: RoleName, commons: Commons) -> "PdCost":
         """Make a role's policy, which knows the other role's index for the bypass."""
-        indexes = commons.shared.setdefault(cls.name, {"prefill": PrefixIndex(), "decode": PrefixIndex()})
+        indexes = commons.shared.setdefault("pd_cost", {"prefill": PrefixIndex(), "decode": PrefixIndex()})
         assert isinstance(indexes, dict)
         return cls(role, commons.draw(), indexes)
 
