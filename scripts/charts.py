@@ -1,8 +1,8 @@
 """Write what follows from other files: each chart's values.schema.json and README.md, and the rendered deployment.
 
-`make charts` calls it. The charts' part is done by helm-schema and helm-docs from the comments of values.yaml; settings of
-the router, which its chart takes as they are, are described by the router's own schema. `--check DIRECTORY` writes into a
-copy of the repository's files there and says whether they differ.
+`make charts` calls it. The charts' part is done by helm-schema and helm-docs from the comments of values.yaml; settings
+of the router, which its chart takes as they are, are described by the router's own schema. `--check DIRECTORY` writes
+into a copy of the repository's files there and says whether they differ.
 """
 
 import json
@@ -21,8 +21,8 @@ NAMESPACE = "vllm-router-pd-llama31"
 
 CHART_SETS = frozenset(
     "vllm_pd_disaggregation prefill decode prefill_dns decode_dns prefill_selector decode_selector "
-    "service_discovery_namespace service_discovery_port host port prometheus_host prometheus_port admin_host admin_port "
-    "drain_timeout_secs tls_cert_file tls_key_file api_key api_key_file".split()
+    "service_discovery_namespace service_discovery_port host port prometheus_host prometheus_port admin_host "
+    "admin_port drain_timeout_secs tls_cert_file tls_key_file api_key api_key_file".split()
 )
 """Settings of the router that its chart sets from other values."""
 
@@ -34,7 +34,7 @@ def router_settings() -> str:
     settings = {name: meaning for name, meaning in told["properties"].items() if name not in CHART_SETS}
     for meaning in settings.values():
         named = meaning.pop("$ref", "").rpartition("/")[2]
-        meaning |= definitions.get(named, {})
+        meaning.update(definitions.get(named, {}))
     told |= {"$schema": "http://json-schema.org/draft-07/schema#", "properties": settings}
     return json.dumps(told, indent=2) + "\n"
 
@@ -52,10 +52,10 @@ def write(root: pathlib.Path) -> None:
     (root / "charts/pd-router/config.schema.json").write_text(router_settings())
     for chart in CHARTS:
         run(TOOLS / "helm-schema", folder=root / "charts" / chart)
-    run(TOOLS / "helm-docs", "-c", "charts", "-s", "file", "-x", folder=root)
+    run(TOOLS / "helm-docs", "-c", "charts", "-s", "file", folder=root)
     (root / RENDERED).parent.mkdir(parents=True, exist_ok=True)
-    helm = ("--helm-binary", TOOLS / "helm", "--quiet")
-    (root / RENDERED).write_text(run(TOOLS / "helmfile", *helm, "-n", NAMESPACE, "template", "--skip-deps", folder=root))
+    helmfile = (TOOLS / "helmfile", "--helm-binary", TOOLS / "helm", "--quiet", "-n", NAMESPACE)
+    (root / RENDERED).write_text(run(*helmfile, "template", "--skip-deps", folder=root))
 
 
 def main() -> int:
