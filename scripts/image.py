@@ -165,8 +165,10 @@ def application(into: pathlib.Path) -> None:
         raise ImageError(f"there is no {PYTHON}, the image's Python; install it with its headers (Debian: python3-dev)")
     digest = hashlib.sha256()
     sources = [*sorted((ROOT / "router").rglob("*.py")), *sorted((ROOT / "router").rglob("*.json"))]
-    for path in (*sources, ROOT / "uv.lock", ROOT / "router/pyproject.toml", ROOT / "scripts/router_layer.sh"):
+    for path in (*sources, ROOT / "router/pyproject.toml", ROOT / "scripts/router_layer.sh"):
         digest.update(path.read_bytes())
+    exported = ("export", "--quiet", "--frozen", "--package", "pd-router", "--no-emit-workspace", "--no-dev")
+    digest.update(run(ROOT / ".venv/bin/uv", *exported, cwd=ROOT).encode())
     built = cache() / f"router-{digest.hexdigest()[:16]}-{platform.machine()}"
     if not built.exists():
         print("image: building the router (a minute)", file=sys.stderr)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from .variants import VARIANTS
+
 ROOT = pathlib.Path(__file__).parents[2]
 NAMESPACE = "vllm-router-pd-llama31"
 SCRIPT = ROOT / "scripts/tools.sh"
@@ -52,3 +54,9 @@ def render(call: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..
         return [one for one in yaml.safe_load_all(done.stdout) if one]
 
     return rendered
+
+
+@pytest.fixture(scope="session")
+def everything(render: Callable[..., Objects]) -> dict[str, Objects]:
+    """Give what is rendered from each of the variants."""
+    return {name: render(*arguments) for name, arguments in VARIANTS.items()}

@@ -12,52 +12,10 @@ import pytest
 import yaml
 
 from .conftest import ROOT, Objects
+from .variants import VARIANTS
 
 PUBLISHED = pathlib.Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
 OLDEST, NEWEST = "v1.30.0", "v1.37.0"
-OPERATORS = [
-    part
-    for kind in ("PodMonitor", "ServiceMonitor", "PrometheusRule")
-    for part in ("-a", f"monitoring.coreos.com/v1/{kind}")
-]
-SCALED = (
-    '={"kind":"hpa","metrics":[{"type":"Resource","resource":{"name":"cpu","target":{"type":"Utilization",'
-    '"averageUtilization":60}}}],"behavior":{"scaleDown":{"stabilizationWindowSeconds":600}}}'
-)
-TRIGGERED = (
-    '={"kind":"keda","triggers":[{"type":"prometheus","metadata":{"serverAddress":"http://p:9090","query":"up",'
-    '"threshold":"4"}}],"behavior":{"scaleDown":{"stabilizationWindowSeconds":600}}}'
-)
-LLAMA = ("-f", "values/llama31-8b.yaml")
-SERVED = ("--set", "engines.release=ms-llama31")
-URLS = ('engines.prefill.urls={"http://a:8000"}', "engines.decode.dns=decode:8200")
-
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "engines": ("pd-engines", *LLAMA),
-    "engines, small": ("pd-engines", "-f", "values/small.yaml", "-f", "values/none.yaml"),
-    "engines on InfiniBand": ("pd-engines", *LLAMA, "-f", "values/infiniband.yaml"),
-    "engines on RoCE": ("pd-engines", *LLAMA, "-f", "values/roce.yaml"),
-    "engines on EFA": ("pd-engines", *LLAMA, "-f", "values/efa.yaml"),
-    "engines with a download": ("pd-engines", *LLAMA, "--set", "cache.mode=download,cache.storageClassName=nfs"),
-    "engines with a shared cache": ("pd-engines", *LLAMA, "--set", "cache.mode=pvc,cache.keep=true"),
-    "engines with monitors": ("pd-engines", *LLAMA, *OPERATORS),
-    "engines that are scaled": (
-        "pd-engines", *LLAMA,
-        "--set-json", f"prefill.autoscaling{SCALED}", "--set-json", f"decode.autoscaling{TRIGGERED}",
-    ),
-    "router": ("pd-router", *SERVED),
-    "router with monitors": ("pd-router", *SERVED, *OPERATORS, "--set", "replicas=2"),
-    "router by pods": ("pd-router", *SERVED, "--set", "monitoring.scrape=podMonitor"),
-    "router that is scaled": ("pd-router", *SERVED, "--set-json", f"autoscaling{SCALED}"),
-    "router that KEDA scales": ("pd-router", *SERVED, "--set-json", f"autoscaling{TRIGGERED}"),
-    "router with key and TLS": ("pd-router", *SERVED, "--set", "apiKey.existingSecret=k,tls.existingSecret=t"),
-    "router of fixed engines": ("pd-router", "--set", ",".join(URLS)),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def everything(render: Callable[..., Objects]) -> dict[str, Objects]:
-    return {name: render(*arguments) for name, arguments in VARIANTS.items()}
 
 
 @pytest.fixture(scope="module")
