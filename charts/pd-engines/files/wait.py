@@ -1,6 +1,12 @@
-import os, sys, time
+"""Waits until the download Job has made the file that is its last act."""
 
-done, began, told = sys.argv[1], time.monotonic(), 0.0
+import os
+import sys
+import time
+
+done = sys.argv[1]
+began = time.monotonic()
+told = 0
 while not os.path.exists(done):
     waited = time.monotonic() - began
     if waited >= told:
