@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt bench bench-router compiled docs clean
+.PHONY: help setup tools charts demo test lint fmt bench bench-router compiled docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,10 +26,16 @@ $(STAMP): $(UV) uv.lock pyproject.toml cli/pyproject.toml router/pyproject.toml 
 	@VIRTUAL_ENV= $(UV) sync --quiet --frozen --inexact --all-packages --all-groups --no-group fuzz --python $(BIN)/python
 	@touch $(STAMP)
 
+tools: setup ## Programs that the tests of the charts call, into .tools: linked, or built with Go and kept for the next time
+	@bash scripts/tools.sh
+
+charts: tools ## Write each chart's README and schema from the comments of its values, and the rendered deployment
+	@$(BIN)/python scripts/charts.py
+
 demo: setup ## Bring up 8 prefill + 8 decode simulated engines and the router, send traffic, show what happened, clean up
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
 
-test: lint ## Install what is needed and run every check and test
+test: lint tools ## Install what is needed and run every check and test
 	@$(BIN)/pytest
 
 lint: setup ## ruff and mypy --strict
