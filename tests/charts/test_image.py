@@ -16,6 +16,7 @@ from support.processes import Process, engine, new_address, start_all
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.timeout(900)  # the router is compiled for it
 IMAGE = [sys.executable, str(ROOT / "scripts/image.py")]
 
 
