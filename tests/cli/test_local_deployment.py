@@ -98,6 +98,11 @@ def test_a_deployment_serves_shows_itself_and_leaves_nothing(shell: Shell) -> No
     assert routing["transfers"] == [
         {"prefill": "prefill-0", "decode": "decode-0", "transfers": 6, "bytes": 6 * 3 * 128 * 131_072}
     ]
+    assert [(edge["prefill"], edge["decode"], edge["closed"]) for edge in routing["edges"]] == [
+        ("prefill-0", "decode-0", False)
+    ]
+    assert routing["edges"][0]["handoffs"] == 6
+    assert "prefill-0" in shell.run("routing", "--edges").stdout
     assert routing["violations"] == []
 
     logs = shell.run("logs", "--role", "router", "--tail", "3")

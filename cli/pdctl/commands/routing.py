@@ -1,5 +1,7 @@
 """`pdctl routing`: who served whom, is KV really moving, was the protocol kept."""
 
+from typing import Annotated
+
 import typer
 from rich.table import Table
 
@@ -11,7 +13,13 @@ from pdctl.targets import LocalTarget, Routing
 SHOWN_VIOLATIONS = 10
 
 
-def routing(name: Name = "local", json: Json = False) -> None:
+def routing(
+    name: Name = "local",
+    edges: Annotated[
+        bool, typer.Option("--edges", help="Show each way between two engines, and whether it is closed.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Show prompts and KV bytes by pair, and breaches of the handoff protocol. Exit status 1 when there are any."""
     target = LocalTarget.find(name)
     told = target.routing()
@@ -25,10 +33,16 @@ def routing(name: Name = "local", json: Json = False) -> None:
                     {"prefill": p, "decode": d, "transfers": count, "bytes": moved}
                     for (p, d), (count, moved) in sorted(told.transfers.items())
                 ],
+                "edges": [
+                    {"prefill": p, "decode": d, "handoffs": e.handoffs, "seconds": e.seconds, "closed": e.closed}
+                    for (p, d), e in sorted(told.edges.items())
+                ],
                 "violations": told.violations,
                 "silent": told.silent,
             }
         )
+    elif edges:
+        _show_edges(target, told)
     else:
         _show(target, told)
     if told.violations or told.silent:
@@ -38,6 +52,22 @@ def routing(name: Name = "local", json: Json = False) -> None:
 def _number(name: str) -> tuple[str, int]:
     role, _, number = name.rpartition("-")
     return (role, int(number)) if number.isdigit() else (name, -1)
+
+
+def _show_edges(target: LocalTarget, told: Routing) -> None:
+    out.print(f"[bold]{target.name}[/]  ways between engines  [yellow](simulated)[/]")
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("prefill", "decode"):
+        table.add_column(column)
+    for column in ("handoffs", "ticket to first byte"):
+        table.add_column(column, justify="right")
+    table.add_column("state")
+    for (prefill, decode), edge in sorted(told.edges.items(), key=lambda one: (_number(one[0][0]), _number(one[0][1]))):
+        state = "[red]closed[/]" if edge.closed else "[green]open[/]"
+        table.add_row(prefill, decode, str(edge.handoffs), f"{edge.seconds * 1000:.0f} ms", state)
+    out.print(table)
+    if not told.edges:
+        out.print("No KV was handed over yet.")
 
 
 def _show(target: LocalTarget, told: Routing) -> None:

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pdctl import deployment
 from pdctl.deployment import Deployment, Member
 from pdctl.errors import ExitCode, PdctlError
-from pdctl.targets.target import Health, Routing
+from pdctl.targets.target import Edge, Health, Routing
 
 PREFILL_PORT, DECODE_PORT, SIDE_PORT, ROUTER_PORT, METRICS_PORT = 8000, 8200, 5600, 10001, 29000
 MOST_OF_A_ROLE = 100
@@ -155,6 +155,15 @@ def plan(wish: Wish) -> Deployment:
     return made
 
 
+# Metrics of the router with a row for each pair of engines.
+_OF_PAIRS = (
+    "pd_router_pairs_total",
+    "pd_router_edge_handoffs_total",
+    "pd_router_edge_seconds",
+    "pd_router_edge_closed",
+)
+
+
 class LocalTarget:
     """A local deployment."""
 
@@ -265,13 +274,16 @@ class LocalTarget:
                 f"the router's metrics at {self._deployment.metrics_url} cannot be read: {error}",
                 f"look at pdctl status --name {self.name}",
             ) from error
-        pairs = {
-            tuple(by_url.get(sample.labels[leg], sample.labels[leg]) for leg in ("prefill", "decode")): int(
-                sample.value
-            )
-            for family in text_string_to_metric_families(page)
-            for sample in family.samples
-            if sample.name == "pd_router_pairs_total"
+        by_pair: dict[str, dict[tuple[str, str], float]] = {name: {} for name in _OF_PAIRS}
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                if sample.name in by_pair:
+                    prefill, decode = (sample.labels[leg] for leg in ("prefill", "decode"))
+                    ends = by_url.get(prefill, prefill), by_url.get(decode, decode)
+                    by_pair[sample.name][ends] = sample.value
+        pairs, handoffs, seconds, closed = (by_pair[name] for name in _OF_PAIRS)
+        edges = {
+            ends: Edge(int(count), seconds.get(ends, 0.0), bool(closed.get(ends))) for ends, count in handoffs.items()
         }
         # tickets name the side channel, which is on the engine's own address
         by_host = {
@@ -294,7 +306,7 @@ class LocalTarget:
                     remote = by_host.get((edge["host"], edge["port"]), f"{edge['host']}:{edge['port']}")
                     count, moved = transfers.get((remote, member.name), (0, 0))
                     transfers[remote, member.name] = (count + edge["transfers"], moved + edge["bytes"])
-        return Routing({(p, d): n for (p, d), n in pairs.items()}, transfers, violations, silent)
+        return Routing({ends: int(count) for ends, count in pairs.items()}, transfers, edges, violations, silent)
 
     def logs(self, role: str | None, tail: int, follow: bool) -> Iterator[tuple[str, str]]:
         """Give (member, line) pairs of the logs; with `follow` without end."""

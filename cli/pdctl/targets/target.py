@@ -29,18 +29,35 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True)
+class Edge:
+    """One way from a prefill to a decode engine, as the router knows it.
+
+    Args:
+        handoffs: tickets that decode collected over it.
+        seconds: mean time from a ticket to decode's first byte, recent ones counting more.
+        closed: whether requests are kept off it.
+    """
+
+    handoffs: int = 0
+    seconds: float = 0.0
+    closed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Routing:
     """Who served whom.
 
     Args:
         pairs: prompts by (prefill, decode) names; `none` stands for a decode engine alone.
         transfers: KV transfers by (prefill, decode) names: count and bytes.
+        edges: every way that was used, by (prefill, decode) names.
         violations: breaches of the handoff protocol, each with the engine that saw it.
         silent: engines that did not answer.
     """
 
     pairs: dict[tuple[str, str], int]
     transfers: dict[tuple[str, str], tuple[int, int]]
+    edges: dict[tuple[str, str], Edge]
     violations: list[dict[str, Any]]
     silent: list[str]
 
