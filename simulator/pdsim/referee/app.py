@@ -142,7 +142,10 @@ def _peer(router: str | None, command: str | None, url: str | None, keyed: bool)
             raise typer.BadParameter(f"no router {router} is known; known are {', '.join(peers.PEERS)}, or --command")
         return peers.PEERS[router]
     if command is not None:
-        peers.check(command)
+        try:
+            peers.check(command)
+        except RefereeError as error:
+            raise typer.BadParameter(str(error)) from None
         return peers.Peer("router", command, keyed=keyed)
     return peers.Peer("router", "", keyed=keyed)
 

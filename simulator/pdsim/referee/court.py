@@ -49,6 +49,7 @@ class Court:
         self._fleet: Fleet | None = None
         self._standing: Fleet | None = None
         self._disturbed = True
+        self._served = False  # the router, once at least
 
     async def hear(self, cases: Sequence[Case], told: Callable[[Finding], None]) -> list[Finding]:
         """Try all cases; everything is stopped in the end.
@@ -74,10 +75,12 @@ class Court:
             return Finding(case, Verdict.NOT_APPLICABLE, refused, 0.0)
         try:
             made = await self._ready(case)
-        except RefereeError:
-            if self._standing is None or self._router.restartable:
+        except RefereeError as error:
+            if not self._served:
                 raise
-            return Finding(case, Verdict.FAIL, "the router did not serve again after the case before", 0.0)
+            self._disturbed = True
+            return Finding(case, Verdict.FAIL, line(f"not tried: {error}"), 0.0)
+        self._served = True
         bench = Bench(case.name, self._router.url, made, self._client)
         begin = time.monotonic()
         verdict, evidence = await self._verdict(case, bench)

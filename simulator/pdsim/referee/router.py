@@ -7,24 +7,26 @@ import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import IO, Protocol
 
 import httpx
+import orjson
 
 from pdsim.referee.bench import COMPLETIONS
 from pdsim.referee.engines import MODEL, Fleet, RefereeError, until
-from pdsim.referee.peers import command
+from pdsim.referee.peers import command, manifest
 from pdsim.referee.places import Places
 
 PORT, METRICS_PORT = 10001, 29000
 START_SECONDS = 90.0
+AGAIN_SECONDS = 10.0  # for a router that served before the last case
 
 
 class Router(Protocol):
     """The router under test."""
 
     url: str
-    restartable: bool
 
     async def start(self, fleet: Fleet) -> None:
         """See that it serves, in front of these engines."""
@@ -53,8 +55,6 @@ async def serves(client: httpx.AsyncClient, url: str, seconds: float, alive: "Ro
 class LaunchedRouter:
     """A router that is started for each fleet by a command."""
 
-    restartable = True
-
     def __init__(self, template: str, program: str, places: Places, client: httpx.AsyncClient) -> None:
         self._template, self._program, self._client = template, program, client
         self._host = places.host()
@@ -62,11 +62,13 @@ class LaunchedRouter:
         self.url = f"http://{self._host}:{self._ports[0]}"
         self.metrics_url = f"http://{self._host}:{self._ports[1]}/metrics"
         self._process: subprocess.Popen[bytes] | None = None
+        self._manifest = tempfile.NamedTemporaryFile(suffix=".json")  # noqa: SIM115 likewise
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 lives as long as the run
 
     def command(self, fleet: Fleet) -> list[str]:
         """Give the command line in front of some engines."""
         prefills, decodes = [one.url for one in fleet.prefills], [one.url for one in fleet.decodes]
+        Path(self._manifest.name).write_bytes(orjson.dumps(manifest(prefills, decodes)))
         values = {
             "prefill_flags": " ".join(f"--prefill {url}" for url in prefills),
             "decode_flags": " ".join(f"--decode {url}" for url in decodes),
@@ -78,6 +80,7 @@ class LaunchedRouter:
             "lease_seconds": f"{fleet.plan.lease_seconds:g}",
             "program": self._program,
             "python": sys.executable,
+            "manifest": self._manifest.name,
         }
         return command(self._template, values)
 
@@ -126,11 +129,10 @@ class LaunchedRouter:
 class RunningRouter:
     """A router that runs already; it cannot be started anew."""
 
-    restartable = False
-
     def __init__(self, url: str, client: httpx.AsyncClient) -> None:
         self.url = url.rstrip("/")
         self._client = client
+        self._seconds = START_SECONDS
 
     async def start(self, fleet: Fleet) -> None:
         """Wait until it serves.
@@ -138,8 +140,9 @@ class RunningRouter:
         Raises:
             RefereeError: it does not.
         """
-        if not await serves(self._client, self.url, START_SECONDS):
-            raise RefereeError(f"{self.url} does not serve within {START_SECONDS:g} s, with all engines well")
+        if not await serves(self._client, self.url, self._seconds):
+            raise RefereeError(f"{self.url} does not serve within {self._seconds:g} s, with all engines well")
+        self._seconds = AGAIN_SECONDS
 
     def alive(self) -> bool:
         """It is not ours to know."""

@@ -30,6 +30,7 @@ async def _load(bench: Bench, at_once: int = 4) -> AsyncIterator[list[str]]:
                 await bench.right(body)
             except FailedError as error:
                 wrong.append(str(error))
+                await asyncio.sleep(0.05)
 
     clients = [asyncio.ensure_future(client(number)) for number in range(at_once)]
     try:
@@ -239,7 +240,7 @@ async def decode_hangs(bench: Bench) -> str:
 
 @failover.case(limit=60)
 async def prefill_restarts(bench: Bench) -> str:
-    """A prefill engine dies and comes back under a new engine id while requests flow: none fails."""
+    """A prefill engine dies and comes back under a new engine id while requests flow: none fails, it serves again."""
     engine = bench.fleet.prefills[0]
     async with _load(bench):
         await bench.eventually(engine.requests, "the engine has served")
