@@ -101,7 +101,6 @@ async def judge(wish: Wish) -> Scorecard:
             router = RunningRouter(wish.url, client)
         else:
             router = LaunchedRouter(wish.peer.template, wish.program, places, client)
-        information: dict[str, str] = {}
         done = 0
 
         def told(finding: Finding) -> None:
@@ -120,7 +119,7 @@ async def judge(wish: Wish) -> Scorecard:
             _called(wish),
             datetime.datetime.now(datetime.UTC).date().isoformat(),
             findings,
-            information,
+            court.metrics or "no metrics page",
         )
 
 

@@ -27,6 +27,7 @@ class Router(Protocol):
     """The router under test."""
 
     url: str
+    metrics_urls: tuple[str, ...]
 
     async def start(self, fleet: Fleet) -> None:
         """See that it serves, in front of these engines."""
@@ -60,7 +61,7 @@ class LaunchedRouter:
         self._host = places.host()
         self._ports = places.port(PORT), places.port(METRICS_PORT)
         self.url = f"http://{self._host}:{self._ports[0]}"
-        self.metrics_url = f"http://{self._host}:{self._ports[1]}/metrics"
+        self.metrics_urls: tuple[str, ...] = (f"http://{self._host}:{self._ports[1]}/metrics", f"{self.url}/metrics")
         self._process: subprocess.Popen[bytes] | None = None
         self._manifest = tempfile.NamedTemporaryFile(suffix=".json")  # noqa: SIM115 likewise
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 lives as long as the run
@@ -132,6 +133,7 @@ class RunningRouter:
     def __init__(self, url: str, client: httpx.AsyncClient) -> None:
         self.url = url.rstrip("/")
         self._client = client
+        self.metrics_urls: tuple[str, ...] = (f"{self.url}/metrics",)
         self._seconds = START_SECONDS
 
     async def start(self, fleet: Fleet) -> None:
