@@ -47,7 +47,7 @@ def test_each_flaw_of_a_bad_router_is_found_out_and_what_is_right_is_passed(tmp_
         "leave-mid-stream": "5 s later decode",
         "kill-decode": "40 of 40 requests failed",
         "no-silent-cut": "like a whole answer",
-        "bounded-retries": "attempts for 20 requests",
+        "bounded-retries": "attempts for 200 requests",
         "words-are-no-key": "went to one decode engine",
         "spread": "a decode engine was idle",
         "ticket-to-elsewhere": "an engine connected to the address",

@@ -14,7 +14,7 @@ from pdsim.referee.engines import RefereeError
 
 PLACEHOLDERS = (
     "prefill_flags", "decode_flags", "prefill_urls", "decode_urls", "host", "port", "metrics_port", "lease_seconds",
-    "program", "python", "manifest",
+    "stall_seconds", "program", "python", "manifest",
 )  # fmt: skip
 
 
@@ -43,7 +43,8 @@ PEERS = {
         Peer(
             "ours",
             "{program} --vllm-pd-disaggregation {prefill_flags} {decode_flags} --host {host} --port {port} "
-            "--prometheus-host {host} --prometheus-port {metrics_port} --kv-lease-seconds {lease_seconds}",
+            "--prometheus-host {host} --prometheus-port {metrics_port} --kv-lease-seconds {lease_seconds} "
+            "--stall-timeout-secs {stall_seconds}",
             "pd-router",
             "pd-router",
         ),

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -39,15 +40,20 @@ class Router(Protocol):
         """Whether it runs, as far as that can be seen."""
 
 
-async def serves(client: httpx.AsyncClient, url: str, seconds: float, alive: "Router | None" = None) -> bool:
-    """Wait until a router answers a request rightly; whether it does."""
-    body = {"model": MODEL, "prompt": "return over def in", "max_tokens": 1, "temperature": 0}
+async def serves(router: Router, client: httpx.AsyncClient, fleet: Fleet, seconds: float) -> bool:
+    """Wait until a router answers a request and uses engines of both roles for it; whether it does."""
+    numbers = itertools.count()
 
     async def once() -> bool:
-        if alive is not None and not alive.alive():
+        if not router.alive():
             raise RefereeError("the router ended before it served")
+        prompt = f"return over def in {next(numbers)}"
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": 1, "temperature": 0}
         with contextlib.suppress(httpx.HTTPError):
-            return (await client.post(url + COMPLETIONS, json=body, timeout=3)).status_code == 200
+            if (await client.post(router.url + COMPLETIONS, json=body, timeout=3)).status_code != 200:
+                return False
+            # some serve with decode engines alone until they know the prefill engines
+            return any([await engine.requests() for engine in fleet.prefills])
         return False
 
     return bool(await until(once, seconds))
@@ -79,6 +85,7 @@ class LaunchedRouter:
             "port": str(self._ports[0]),
             "metrics_port": str(self._ports[1]),
             "lease_seconds": f"{fleet.plan.lease_seconds:g}",
+            "stall_seconds": f"{fleet.plan.stall_seconds:g}",
             "program": self._program,
             "python": sys.executable,
             "manifest": self._manifest.name,
@@ -93,7 +100,7 @@ class LaunchedRouter:
         """
         self._launch(self.command(fleet))
         try:
-            if await serves(self._client, self.url, START_SECONDS, self):
+            if await serves(self, self._client, fleet, START_SECONDS):
                 return
         except RefereeError as error:
             raise RefereeError(f"{error}: {self.tail()}") from None
@@ -142,7 +149,7 @@ class RunningRouter:
         Raises:
             RefereeError: it does not.
         """
-        if not await serves(self._client, self.url, self._seconds):
+        if not await serves(self, self._client, fleet, self._seconds):
             raise RefereeError(f"{self.url} does not serve within {self._seconds:g} s, with all engines well")
         self._seconds = AGAIN_SECONDS
 
