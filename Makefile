@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools charts demo test lint fmt bench bench-router compiled docs clean
+.PHONY: help setup tools charts demo test lint fmt bench bench-router compiled referee docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,7 +56,10 @@ compiled: setup ## The router compiled by mypyc, in .build/router (half a minute
 bench-router: setup ## CPU, latency and memory of the router beside vllm-router and nginx (10 minutes; REPORT=docs/performance.md writes the table there)
 	@$(BIN)/python bench/router/run.py $(if $(REPORT),--report $(REPORT))
 
-docs: setup ## Write docs/reference.md and docs/metrics.md from the programs themselves
+referee: setup ## Judge the router and others by pd-referee; writes docs/referee.md (10 minutes; ROUTERS="ours toy" for some)
+	@$(BIN)/python scripts/referee.py $(ROUTERS)
+
+docs: setup ## Write docs/reference.md, docs/metrics.md and the referee's list of cases from the programs themselves
 	@$(BIN)/python scripts/reference.py
 
 clean: ## Remove the virtual environment and caches

@@ -1,6 +1,7 @@
-"""Write docs/reference.md out of the programs' own `--help` and docs/metrics.md out of the router's own table.
+"""Write the generated pages; `--check` says whether they are up to date.
 
-`--check` says whether they are up to date.
+docs/reference.md from the programs' own `--help`, docs/metrics.md from the router's own table, and the list of cases in
+docs/referee.md from the referee's cases.
 """
 
 import os
@@ -9,13 +10,15 @@ import subprocess
 import sys
 
 from pdrouter.observe import described
+from pdsim.referee.app import cases_markdown
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 COMMANDS = ("deploy", "status", "logs", "routing", "bench", "cleanup")
 CALLS = [
     ["pdctl"], *(["pdctl", command] for command in COMMANDS), ["pdrouter"], ["pdsim.engine"],
+    ["pdsim.referee"],
 ]  # fmt: skip
-PROGRAMS = {"pdctl": "pdctl", "pdrouter": "pd-router", "pdsim.engine": "pd-engine-sim"}
+PROGRAMS = {"pdctl": "pdctl", "pdrouter": "pd-router", "pdsim.engine": "pd-engine-sim", "pdsim.referee": "pd-referee"}
 
 
 def shown(module: str, *arguments: str) -> str:
@@ -27,7 +30,8 @@ def shown(module: str, *arguments: str) -> str:
     call = [sys.executable, "-m", module, *arguments, "--help"]
     answer = subprocess.run(call, capture_output=True, text=True, env=environment, check=True)
     lines = [line.rstrip() for line in answer.stdout.strip("\n").splitlines()]
-    return "\n".join(lines).replace("python -m pdctl", "pdctl")
+    told = "\n".join(lines)
+    return told.replace("python -m pdctl", "pdctl").replace("python -m pdsim.referee", "pd-referee")
 
 
 def reference() -> str:
@@ -62,9 +66,22 @@ def metrics() -> str:
     return "\n".join(lines) + "\n"
 
 
+def referee() -> str:
+    """Give the referee's page with the list of its cases as it is."""
+    page = (DOCS / "referee.md").read_text()
+    before, _, rest = page.partition("<!-- cases -->\n")
+    return (
+        before
+        + "<!-- cases -->\n"
+        + cases_markdown()
+        + "<!-- end of cases -->"
+        + rest.partition("<!-- end of cases -->")[2]
+    )
+
+
 def main() -> int:
     """Write or check."""
-    pages = {DOCS / "reference.md": reference(), DOCS / "metrics.md": metrics()}
+    pages = {DOCS / "reference.md": reference(), DOCS / "metrics.md": metrics(), DOCS / "referee.md": referee()}
     if "--check" in sys.argv:
         return int(any(not path.exists() or path.read_text() != told for path, told in pages.items()))
     for path, told in pages.items():

@@ -41,7 +41,7 @@ def _package(program: str, package: str) -> None:
 
 def _vllm_router() -> str:
     """Install vllm-router if need be; give its program's path."""
-    script = ["bash", str(ROOT / "scripts" / "vllm_router.sh"), VLLM_ROUTER]
+    script = ["bash", str(ROOT / "scripts" / "peer.sh"), "vllm-router", VLLM_ROUTER]
     return subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 

@@ -70,7 +70,8 @@ def prefill_leg_breaches(body: dict[str, Any]) -> list[tuple[Rule, dict[str, Any
         breach(Rule.PREFILL_STREAM_OPTIONS, "stream_options")
     if (body.get("min_tokens") or 0) > 1:
         breach(Rule.PREFILL_MIN_TOKENS, "min_tokens")
-    if body.get("max_tokens") != 1:
+    of_chat = "messages" in body and body.get("max_completion_tokens") is not None  # which wins over `max_tokens`
+    if body.get("max_tokens") != 1 and not of_chat:
         breach(Rule.PREFILL_MAX_TOKENS, "max_tokens")
     if body.get("max_completion_tokens") not in (None, 1):
         breach(Rule.PREFILL_MAX_COMPLETION_TOKENS, "max_completion_tokens")

@@ -64,13 +64,13 @@ class Answer:
     @property
     def failure(self) -> str:
         """Why this is no whole, successful answer; empty when it is one."""
+        for event in self.events if self.streamed else ():
+            if event.startswith('{"error"'):
+                return f"an error in the stream: {line(event, 110)}"
         if self.broken:
             return f"{self.broken} after status {self.status}" if self.status else self.broken
         if self.status != 200:
-            return f"status {self.status}: {line(self.body.decode(errors='replace'), 90)}"
-        for event in self.events if self.streamed else ():
-            if event.startswith('{"error"'):
-                return f"an error in the stream: {line(event, 90)}"
+            return f"status {self.status}: {line(self.body.decode(errors='replace'), 110)}"
         return "" if self.ended else "the stream ends without [DONE]"
 
     def json(self) -> Any:

@@ -101,7 +101,6 @@ async def judge(wish: Wish) -> Scorecard:
             router = RunningRouter(wish.url, client)
         else:
             router = LaunchedRouter(wish.peer.template, wish.program, places, client)
-        information: dict[str, str] = {}
         done = 0
 
         def told(finding: Finding) -> None:
@@ -120,7 +119,7 @@ async def judge(wish: Wish) -> Scorecard:
             _called(wish),
             datetime.datetime.now(datetime.UTC).date().isoformat(),
             findings,
-            information,
+            court.metrics or "no metrics page",
         )
 
 
@@ -142,7 +141,10 @@ def _peer(router: str | None, command: str | None, url: str | None, keyed: bool)
             raise typer.BadParameter(f"no router {router} is known; known are {', '.join(peers.PEERS)}, or --command")
         return peers.PEERS[router]
     if command is not None:
-        peers.check(command)
+        try:
+            peers.check(command)
+        except RefereeError as error:
+            raise typer.BadParameter(str(error)) from None
         return peers.Peer("router", command, keyed=keyed)
     return peers.Peer("router", "", keyed=keyed)
 

@@ -41,6 +41,11 @@ class Plan:
     lease_seconds: float = 30.0
     prefill_blocks: int | None = None
 
+    @property
+    def stall_seconds(self) -> float:
+        """How long an engine may be silent before a router that can be told so gives it up."""
+        return min(3.0, self.lease_seconds / 2)
+
 
 @dataclass(frozen=True, slots=True)
 class Case:

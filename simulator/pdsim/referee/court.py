@@ -1,6 +1,7 @@
 """Cases one after the other: engines made well, router started anew where the last case disturbed it, verdicts."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Court:
         self._fleet: Fleet | None = None
         self._standing: Fleet | None = None
         self._disturbed = True
+        self._served = False  # the router, once at least
+        self.metrics = ""  # what the router's metrics page has; no verdict
 
     async def hear(self, cases: Sequence[Case], told: Callable[[Finding], None]) -> list[Finding]:
         """Try all cases; everything is stopped in the end.
@@ -62,11 +65,21 @@ class Court:
                 finding = await self._try(case)
                 findings.append(finding)
                 told(finding)
+                self.metrics = self.metrics or await self._metrics()
         finally:
             await self._router.stop()
             for one in {id(made): made for made in (self._fleet, self._standing) if made is not None}.values():
                 one.stop()
         return findings
+
+    async def _metrics(self) -> str:
+        for url in self._router.metrics_urls:
+            with contextlib.suppress(httpx.HTTPError):
+                answer = await self._client.get(url, timeout=3)
+                kinds = [row for row in answer.text.splitlines() if row.startswith("# TYPE ")]
+                if answer.status_code == 200 and kinds:
+                    return f"{len(kinds)} metrics on a Prometheus page"
+        return ""
 
     async def _try(self, case: Case) -> Finding:
         refused = self._refused(case)
@@ -74,10 +87,12 @@ class Court:
             return Finding(case, Verdict.NOT_APPLICABLE, refused, 0.0)
         try:
             made = await self._ready(case)
-        except RefereeError:
-            if self._standing is None or self._router.restartable:
+        except RefereeError as error:
+            if not self._served:
                 raise
-            return Finding(case, Verdict.FAIL, "the router did not serve again after the case before", 0.0)
+            self._disturbed = True
+            return Finding(case, Verdict.FAIL, line(f"not tried: {error}"), 0.0)
+        self._served = True
         bench = Bench(case.name, self._router.url, made, self._client)
         begin = time.monotonic()
         verdict, evidence = await self._verdict(case, bench)

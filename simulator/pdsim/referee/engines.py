@@ -188,7 +188,7 @@ class Engine:
             await self.ready()
         await self.fault("none")
         await self.fault("expire_leases")
-        if not await until(self.idle, 3):
+        if not await until(self.idle, 3) and self.process is not None:
             self.kill()
             await self.restart()
         await self.client.post(self.url + "/reset_prefix_cache", timeout=5)

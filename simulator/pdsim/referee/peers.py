@@ -4,16 +4,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pdsim.referee.engines import RefereeError
 
 PLACEHOLDERS = (
     "prefill_flags", "decode_flags", "prefill_urls", "decode_urls", "host", "port", "metrics_port", "lease_seconds",
-    "program", "python",
+    "stall_seconds", "program", "python", "manifest",
 )  # fmt: skip
 
 
@@ -42,7 +43,8 @@ PEERS = {
         Peer(
             "ours",
             "{program} --vllm-pd-disaggregation {prefill_flags} {decode_flags} --host {host} --port {port} "
-            "--prometheus-host {host} --prometheus-port {metrics_port} --kv-lease-seconds {lease_seconds}",
+            "--prometheus-host {host} --prometheus-port {metrics_port} --kv-lease-seconds {lease_seconds} "
+            "--stall-timeout-secs {stall_seconds}",
             "pd-router",
             "pd-router",
         ),
@@ -53,6 +55,15 @@ PEERS = {
             "--prometheus-port {metrics_port} --log-level error",
             "vllm-router",
             "vllm-router",
+        ),
+        Peer(
+            "smg",
+            "{program} launch --pd-disaggregation --discovery-provider file --discovery-file {manifest} "
+            "--policy consistent_hashing --host {host} --port {port} --prometheus-host {host} "
+            "--prometheus-port {metrics_port} --log-level error",
+            "smg",
+            "smg",
+            keyed=False,  # its key is a header of its own; without it consistent_hashing draws at random
         ),
         Peer(
             "toy",
@@ -77,13 +88,12 @@ def check(template: str) -> None:
             f"the command has a placeholder that is not known: {error}; known are "
             + " ".join(f"{{{name}}}" for name in PLACEHOLDERS)
         ) from None
-    for one, other in (
-        ("{prefill_flags}", "{prefill_urls}"),
-        ("{decode_flags}", "{decode_urls}"),
-        ("{port}", "{port}"),
-    ):
-        if one not in template and other not in template:
-            raise RefereeError(f"the command needs {one}" + (f" or {other}" if other != one else ""))
+    needed: list[tuple[str, ...]] = [("{port}",)]
+    if "{manifest}" not in template:
+        needed += [("{prefill_flags}", "{prefill_urls}"), ("{decode_flags}", "{decode_urls}")]
+    for names in needed:
+        if not any(name in template for name in names):
+            raise RefereeError(f"the command needs {' or '.join(names)}")
 
 
 def found(program: str) -> str:
@@ -115,6 +125,16 @@ def version_of(peer: Peer, program: str) -> str:
         return version(peer.package)
     except PackageNotFoundError:
         return "unknown"
+
+
+def manifest(prefills: Sequence[str], decodes: Sequence[str]) -> dict[str, Any]:
+    """Give the engines as smg's file discovery reads them; only so can it be told their KV connector."""
+    workers = [
+        {"id": url, "url": url, "worker_type": role, "kv_connector": "NixlConnector"}
+        for role, urls in (("prefill", prefills), ("decode", decodes))
+        for url in urls
+    ]
+    return {"version": 1, "workers": workers}
 
 
 def command(template: str, values: Mapping[str, str]) -> list[str]:

@@ -2,29 +2,33 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import IO, Protocol
 
 import httpx
+import orjson
 
 from pdsim.referee.bench import COMPLETIONS
 from pdsim.referee.engines import MODEL, Fleet, RefereeError, until
-from pdsim.referee.peers import command
+from pdsim.referee.peers import command, manifest
 from pdsim.referee.places import Places
 
 PORT, METRICS_PORT = 10001, 29000
 START_SECONDS = 90.0
+AGAIN_SECONDS = 10.0  # for a router that served before the last case
 
 
 class Router(Protocol):
     """The router under test."""
 
     url: str
-    restartable: bool
+    metrics_urls: tuple[str, ...]
 
     async def start(self, fleet: Fleet) -> None:
         """See that it serves, in front of these engines."""
@@ -36,15 +40,20 @@ class Router(Protocol):
         """Whether it runs, as far as that can be seen."""
 
 
-async def serves(client: httpx.AsyncClient, url: str, seconds: float, alive: "Router | None" = None) -> bool:
-    """Wait until a router answers a request rightly; whether it does."""
-    body = {"model": MODEL, "prompt": "return over def in", "max_tokens": 1, "temperature": 0}
+async def serves(router: Router, client: httpx.AsyncClient, fleet: Fleet, seconds: float) -> bool:
+    """Wait until a router answers a request and uses engines of both roles for it; whether it does."""
+    numbers = itertools.count()
 
     async def once() -> bool:
-        if alive is not None and not alive.alive():
+        if not router.alive():
             raise RefereeError("the router ended before it served")
+        prompt = f"return over def in {next(numbers)}"
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": 1, "temperature": 0}
         with contextlib.suppress(httpx.HTTPError):
-            return (await client.post(url + COMPLETIONS, json=body, timeout=3)).status_code == 200
+            if (await client.post(router.url + COMPLETIONS, json=body, timeout=3)).status_code != 200:
+                return False
+            # some serve with decode engines alone until they know the prefill engines
+            return any([await engine.requests() for engine in fleet.prefills])
         return False
 
     return bool(await until(once, seconds))
@@ -53,20 +62,20 @@ async def serves(client: httpx.AsyncClient, url: str, seconds: float, alive: "Ro
 class LaunchedRouter:
     """A router that is started for each fleet by a command."""
 
-    restartable = True
-
     def __init__(self, template: str, program: str, places: Places, client: httpx.AsyncClient) -> None:
         self._template, self._program, self._client = template, program, client
         self._host = places.host()
         self._ports = places.port(PORT), places.port(METRICS_PORT)
         self.url = f"http://{self._host}:{self._ports[0]}"
-        self.metrics_url = f"http://{self._host}:{self._ports[1]}/metrics"
+        self.metrics_urls: tuple[str, ...] = (f"http://{self._host}:{self._ports[1]}/metrics", f"{self.url}/metrics")
         self._process: subprocess.Popen[bytes] | None = None
+        self._manifest = tempfile.NamedTemporaryFile(suffix=".json")  # noqa: SIM115 likewise
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 lives as long as the run
 
     def command(self, fleet: Fleet) -> list[str]:
         """Give the command line in front of some engines."""
         prefills, decodes = [one.url for one in fleet.prefills], [one.url for one in fleet.decodes]
+        Path(self._manifest.name).write_bytes(orjson.dumps(manifest(prefills, decodes)))
         values = {
             "prefill_flags": " ".join(f"--prefill {url}" for url in prefills),
             "decode_flags": " ".join(f"--decode {url}" for url in decodes),
@@ -76,8 +85,10 @@ class LaunchedRouter:
             "port": str(self._ports[0]),
             "metrics_port": str(self._ports[1]),
             "lease_seconds": f"{fleet.plan.lease_seconds:g}",
+            "stall_seconds": f"{fleet.plan.stall_seconds:g}",
             "program": self._program,
             "python": sys.executable,
+            "manifest": self._manifest.name,
         }
         return command(self._template, values)
 
@@ -89,7 +100,7 @@ class LaunchedRouter:
         """
         self._launch(self.command(fleet))
         try:
-            if await serves(self._client, self.url, START_SECONDS, self):
+            if await serves(self, self._client, fleet, START_SECONDS):
                 return
         except RefereeError as error:
             raise RefereeError(f"{error}: {self.tail()}") from None
@@ -126,11 +137,11 @@ class LaunchedRouter:
 class RunningRouter:
     """A router that runs already; it cannot be started anew."""
 
-    restartable = False
-
     def __init__(self, url: str, client: httpx.AsyncClient) -> None:
         self.url = url.rstrip("/")
         self._client = client
+        self.metrics_urls: tuple[str, ...] = (f"{self.url}/metrics",)
+        self._seconds = START_SECONDS
 
     async def start(self, fleet: Fleet) -> None:
         """Wait until it serves.
@@ -138,8 +149,9 @@ class RunningRouter:
         Raises:
             RefereeError: it does not.
         """
-        if not await serves(self._client, self.url, START_SECONDS):
-            raise RefereeError(f"{self.url} does not serve within {START_SECONDS:g} s, with all engines well")
+        if not await serves(self, self._client, fleet, self._seconds):
+            raise RefereeError(f"{self.url} does not serve within {self._seconds:g} s, with all engines well")
+        self._seconds = AGAIN_SECONDS
 
     def alive(self) -> bool:
         """It is not ours to know."""

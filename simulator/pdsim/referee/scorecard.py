@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pdsim.referee.case import Verdict
@@ -21,7 +21,7 @@ class Scorecard:
         command: how it was started, with placeholders for what differs from run to run.
         date: day of the run, ISO 8601.
         findings: one for each case.
-        information: what is no verdict.
+        metrics: whether there is a metrics page; no verdict.
     """
 
     router: str
@@ -29,7 +29,7 @@ class Scorecard:
     command: str
     date: str
     findings: Sequence[Finding]
-    information: dict[str, str] = field(default_factory=dict)
+    metrics: str = "no metrics page"
 
     def count(self, verdict: Verdict, group: str | None = None) -> int:
         """Give how many cases ended so."""
@@ -63,7 +63,7 @@ class Scorecard:
             "passed": self.count(Verdict.PASS),
             "failed": self.count(Verdict.FAIL),
             "not_applicable": self.count(Verdict.NOT_APPLICABLE),
-            "information": self.information,
+            "metrics": self.metrics,
             "cases": [
                 {
                     "group": one.case.group,
@@ -83,14 +83,12 @@ class Scorecard:
         lines = [
             f"### {self.router} {self.version}",
             "",
-            f"{self.date}, simulated engines. {self.summary}.",
+            f"{self.date}, simulated engines. {self.summary}. For information: {self.metrics}.",
             "",
             "```text",
             self.command,
             "```",
             "",
-            *(f"{name}: {told}." for name, told in self.information.items()),
-            *([""] if self.information else []),
             "| group | passed | failed | n/a |",
             "|---|---:|---:|---:|",
         ]

@@ -73,7 +73,7 @@ async def spread(bench: Bench) -> str:
 
 @fairness.case()
 async def long_and_short(bench: Bench) -> str:
-    """A long prompt does not hold up short ones: most of those that other engines can serve end before it."""
+    """A long prompt does not hold up everybody: short ones, on other engines at least, end before it."""
     for engine in bench.fleet.prefills:
         await engine.fault("slow", factor=20)
     long = asyncio.ensure_future(bench.send(bench.completion(bench.prompt(30_000), max_tokens=1), patience=15))

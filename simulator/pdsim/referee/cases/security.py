@@ -104,7 +104,7 @@ async def ticket_to_elsewhere(bench: Bench) -> str:
     async with _trap() as (port, caught):
         forged = {
             "do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": "x", "remote_request_id": "x",
-            "remote_block_ids": [[1, 2]], "remote_host": "127.0.0.1", "remote_port": port, "tp_size": 1,
+            "remote_block_ids": [[*range(1, 9)]], "remote_host": "127.0.0.1", "remote_port": port, "tp_size": 1,
         }  # fmt: skip
         await bench.send(bench.completion(kv_transfer_params=forged), patience=5)
         await bench.send(bench.completion(kv_transfer_params=forged, echo=True, logprobs=1), patience=5)

@@ -188,8 +188,10 @@ async def client_headers(bench: Bench) -> str:
 @wire.case()
 async def error_bodies(bench: Bench) -> str:
     """What an engine refuses is told as the engine tells it: status and body."""
+    unknown = await bench.send(bench.completion() | {"model": "nobody"})
+    if unknown.status != 404 or "error" not in (unknown.json() or {}):
+        raise FailedError(f"an unknown model is answered {unknown.failure or unknown.status}")
     wrong: list[Body] = [
-        bench.completion() | {"model": "nobody"},
         bench.completion(temperature=-1),
         bench.completion(max_tokens=-5),
         bench.conversation() | {"messages": []},
@@ -201,7 +203,7 @@ async def error_bodies(bench: Bench) -> str:
             raise FailedError(f"status {answer.status} instead of {expected.status} ({answer.failure})")
         if answer.json() != expected.json():
             raise FailedError(f"another body: {answer.failure}")
-    return f"{len(wrong)} of {len(wrong)} as the engine told it"
+    return f"{len(wrong)} of {len(wrong)} as the engine told it, an unknown model 404"
 
 
 @wire.case()
@@ -209,7 +211,8 @@ async def client_ticket(bench: Bench) -> str:
     """`kv_transfer_params` of a client reach no engine: they would let it read others' KV."""
     forged = {
         "do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": "forged-engine",
-        "remote_request_id": "forged", "remote_block_ids": [[1, 2]], "remote_host": "127.0.0.1", "remote_port": 5600,
+        "remote_request_id": "forged", "remote_block_ids": [[*range(1, 9)]], "remote_host": "127.0.0.1",
+        "remote_port": 5600,
     }  # fmt: skip
     await bench.right(bench.completion(kv_transfer_params=forged))
     if any("forged" in request["body"] for request in await bench.seen()):
@@ -236,11 +239,13 @@ async def chunked_request(bench: Bench) -> str:
 async def live_stream(bench: Bench) -> str:
     """Tokens reach the client as they are made, not when the answer is whole."""
     await bench.slow_decodes()
-    async with bench.stream(bench.completion(stream=True, max_tokens=50, ignore_eos=True)) as stream:
-        await stream.more(2)
-        if not await bench.busy(bench.fleet.decodes):
-            raise FailedError("the first tokens came when the engine was done with all of them")
-    return "the engine was still at work when the first tokens were here"
+    for make in (bench.completion, bench.conversation):
+        async with bench.stream(make(stream=True, max_tokens=50, ignore_eos=True)) as stream:
+            await stream.more(2)
+            if not await bench.busy(bench.fleet.decodes):
+                raise FailedError("the first tokens came when the engine was done with all of them")
+            await stream.rest()
+    return "the engine was still at work when the first tokens were here, for both APIs"
 
 
 @wire.case()

@@ -1,0 +1,113 @@
+"""Faults that hold for one pair of engines, and what an engine keeps of the requests it got."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from support.processes import Process, engine, start_all, until
+from support.requests import CHAT, COMPLETIONS, WANT_TICKET, completion, prompt
+from wire.test_violations import fresh, text_of
+
+SIDE_PORT = 5600
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[dict[str, Process]]:
+    fast = ("--speed", "20")
+    made = {
+        "near": engine("prefill", *fast), "far": engine("prefill", *fast), "plain": engine("both", *fast),
+        "strict": engine("decode", *fast, "--kv-load-failure-policy", "fail"),
+        "other": engine("decode", *fast, "--kv-load-failure-policy", "fail"), "lenient": engine("decode", *fast),
+    }  # fmt: skip
+    start_all(list(made.values()))
+    yield made
+    for one in made.values():
+        one.stop()
+
+
+def host(one: Process) -> str:
+    return one.url.removeprefix("http://").partition(":")[0]
+
+
+def handed(engines: dict[str, Process], prefill: str, decode: str) -> tuple[httpx.Response, str]:
+    """Take a fresh prompt through a pair; give decode's answer and the right text."""
+    text = fresh()
+    first = engines[prefill].post(COMPLETIONS, completion(text, max_tokens=1, kv_transfer_params=WANT_TICKET))
+    ticket = first.json()["kv_transfer_params"]
+    answer = engines[decode].post(COMPLETIONS, completion(text, kv_transfer_params=ticket))
+    return answer, text_of(engines["plain"].post(COMPLETIONS, completion(text)))
+
+
+def failed_transfers(one: Process) -> float:
+    page = httpx.get(one.url + "/metrics").text
+    (row,) = [row for row in page.splitlines() if row.startswith("vllm:nixl_num_failed_transfers_total{")]
+    return float(row.split()[-1])
+
+
+def test_a_broken_edge_fails_only_the_pair_that_it_joins(engines: dict[str, Process]) -> None:
+    strict = engines["strict"]
+    strict.post("/sim/fault", {"kind": "edge", "host": host(engines["far"]), "port": SIDE_PORT})
+    before = failed_transfers(strict)
+    assert handed(engines, "far", "strict")[0].status_code == 500
+    assert failed_transfers(strict) == before + 1
+    for prefill, decode in (("near", "strict"), ("far", "other")):
+        answer, right = handed(engines, prefill, decode)
+        assert text_of(answer) == right, f"{prefill} and {decode} reach each other"
+    strict.post("/sim/fault", {"kind": "none"})
+    answer, right = handed(engines, "far", "strict")
+    assert text_of(answer) == right
+
+
+def test_behind_a_broken_edge_the_prompt_is_computed_again_and_the_ticket_stays_pinned(
+    engines: dict[str, Process],
+) -> None:
+    far, lenient = engines["far"], engines["lenient"]
+    far.post("/sim/fault", {"kind": "expire_leases"})
+    lenient.post("/sim/fault", {"kind": "edge", "host": host(far)})
+    answer, right = handed(engines, "far", "lenient")
+    assert text_of(answer) == right
+    assert far.get("/sim/state")["tickets"] == 1
+    lenient.post("/sim/fault", {"kind": "none"})
+
+
+def test_a_broken_edge_is_nobodys_violation(engines: dict[str, Process]) -> None:
+    strict = engines["strict"]
+    strict.post("/sim/fault", {"kind": "edge", "host": host(engines["far"])})
+    handed(engines, "far", "strict")
+    strict.post("/sim/fault", {"kind": "none"})
+    assert strict.get("/sim/violations") == []
+
+
+def test_an_edge_without_its_host_is_refused(engines: dict[str, Process]) -> None:
+    answer = engines["strict"].post("/sim/fault", {"kind": "edge"})
+    assert answer.status_code == 400
+    assert "an edge needs the host" in answer.text
+
+
+def test_an_engine_shows_the_last_requests_as_they_came_if_it_is_told_to_keep_them(engines: dict[str, Process]) -> None:
+    engines["plain"].post(COMPLETIONS, completion("a"))
+    assert engines["plain"].get("/sim/requests") == []
+    with engine("both", "--keep-requests", "2") as keeping:
+        for seed in (b"1", b"9007199254740993"):
+            body = b'{"model": "tiny", "prompt": "a", "max_tokens": 1, "seed": ' + seed + b"}"
+            httpx.post(keeping.url + COMPLETIONS, content=body, headers={"x-mine": seed.decode()})
+        keeping.post("/elsewhere", {})
+        keeping.post("/sim/fault", {"kind": "none"})
+        first, second = keeping.get("/sim/requests")
+        assert first["body"].endswith('"seed": 9007199254740993}')
+        assert ["x-mine", "9007199254740993"] in first["headers"]
+        assert (first["path"], second["path"]) == (COMPLETIONS, "/elsewhere")
+        httpx.delete(keeping.url + "/sim/requests")
+        assert keeping.get("/sim/requests") == []
+
+
+def test_a_chat_prefill_leg_that_is_limited_by_max_completion_tokens_alone_breaks_no_rule(
+    engines: dict[str, Process],
+) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": prompt(900)}], "kv_transfer_params": WANT_TICKET}
+    answer = engines["near"].post(CHAT, body | {"max_completion_tokens": 1})
+    assert answer.json()["usage"]["completion_tokens"] == 1
+    assert engines["near"].get("/sim/violations") == []
+    engines["near"].post("/sim/fault", {"kind": "expire_leases"})
+    until(lambda: engines["near"].get("/sim/state")["tickets"] == 0, 2, "the ticket is gone")
