@@ -441,6 +441,7 @@ def test_list_workers_and_ready_tell_the_fleet():
             workers = await bed.workers()
             told = {"url": bed.prefills[1].url, "role": "prefill", "healthy": False, "in_flight": 0, "model": "tiny"}
             assert workers[1] | told == workers[1]
+            assert (await bed.admin("GET", "/list_workers")).json["urls"] == [one["url"] for one in workers]
             assert (await bed.get("/ready")).json == {
                 "status": "ready", "prefill": {"healthy": 1, "total": 2}, "decode": {"healthy": 1, "total": 1},
             }  # fmt: skip

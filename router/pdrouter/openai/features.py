@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any
+from zlib import crc32
 
 import orjson
 
@@ -53,15 +54,18 @@ class Prompt:
     def prefix(self) -> bytes:
         """The prompt as bytes that begin alike where prompts do.
 
-        Model, `cache_salt` and tools come first, for they change what the engine may reuse. Text is UTF-8, a token id
-        has four bytes; of a conversation each message ends with a byte that text cannot hold, so that the next turn's
-        bytes begin with this turn's.
+        Model, `cache_salt` and tools come first, for they change what the engine may reuse. The first two are no part
+        of the prompt and so take one token's place: written out, they would be most of a short prompt, and all short
+        prompts would seem alike. Text is UTF-8, a token id has four bytes; of a conversation each message ends with a
+        byte that text cannot hold, so that the next turn's bytes begin with this turn's.
         """
         if self._prefix is None:
             body = self._body
-            first = b"%b\x00%b\x00%b\x01" % (
-                _part(body.get("model")), _part(body.get("cache_salt")), _part(body.get("tools")),
-            )  # fmt: skip
+            named = crc32(b"%b\x00%b" % (_part(body.get("model")), _part(body.get("cache_salt"))))
+            first = named.to_bytes(BYTES_PER_TOKEN, "little")
+            tools = body.get("tools")
+            if tools is not None:
+                first += _part(tools) + _END
             if "messages" in body:
                 self._prefix = first + b"".join(_messages(body["messages"]))
             else:

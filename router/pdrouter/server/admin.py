@@ -92,7 +92,8 @@ class AdminRoutes:
             request.respond(200, orjson.dumps(body), JSON_HEADERS)
 
     def _list_workers(self, request: ClientRequest) -> object:
-        return {"workers": [
+        # `urls` is what vllm-router's answer has, for scripts that were written for it.
+        return {"urls": [engine.url for engine in self._fleet], "workers": [
             {
                 "url": engine.url, "name": engine.name, "role": engine.role.value, "healthy": engine.healthy,
                 "leaving": engine.leaving, "breaker_open": self._fleet.tripped(engine), "in_flight": engine.in_flight,

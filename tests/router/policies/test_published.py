@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdrouter.policies import POLICIES, Commons
+from pdrouter.openai.features import Prompt
+from pdrouter.policies import POLICIES, Commons, RoutingKey
 from pdrouter.policies.cache_aware import CacheAware, TextTree
 from pdrouter.policies.fbi_hash import fbi_hash
 from pdrouter.policies.kv_aware import KvAware
@@ -130,6 +131,18 @@ def test_of_equally_long_prefixes_the_less_loaded_engine_is_taken():
     assert chosen(policy, Ask(prompt), fleet) == "e1"
     policy.gone(fleet[1])
     assert chosen(policy, Ask(prompt), fleet) == "e0"
+
+
+def test_cache_aware_spreads_short_prompts_that_have_only_their_model_in_common():
+    fleet = rows({"in_flight": 1}, {"in_flight": 0})
+    policy, model = CacheAware(Clock()), "meta-llama/Llama-3.1-8B-Instruct"
+    first, same, other = (
+        Prompt(RoutingKey("", ""), {"model": model, "prompt": text})
+        for text in ("Name three rivers.", "Name three rivers.", "Who was Euler?")
+    )
+    policy.routed(first, fleet[0])
+    assert policy.choose(same, fleet).name == "e0"
+    assert policy.choose(other, fleet).name == "e1"
 
 
 def test_the_text_tree_knows_how_much_of_a_text_each_engine_has_had():
