@@ -66,7 +66,7 @@ class Settings:
     drain_timeout_secs: float = 30.0
     health_interval_secs: float = 1.0
     kv_lease_seconds: float = 30.0
-    stall_timeout_secs: float = 15.0
+    stall_timeout_secs: float = 8.0
     continue_streams: bool = True
     decode_only: bool = True
     canary_interval_secs: float = 0.0

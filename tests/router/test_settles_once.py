@@ -258,6 +258,15 @@ class World:
             "refused": ConnectError("no"), "closed": ClosedError("no"), "stalled": StalledError("no"),
             "late": TooLateError("no"),
         }  # fmt: skip
+        if call.request.startswith(b"GET /health"):
+            if what in ("ok", "closed", "refused", "stalled"):
+                call.over()
+                if what == "ok":
+                    receiver.head(200, [])
+                    receiver.end()
+                else:
+                    receiver.failed(errors[what])
+            return
         if what in errors:
             if (what == "late" and call.perishable is None) or (what in ("refused", "late") and call.begun):
                 return

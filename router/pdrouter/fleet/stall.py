@@ -16,8 +16,11 @@ _log = logging.getLogger(__name__)
 LEAST_RATE = 2_000.0  # prompt tokens a second; a hundredth of what a data centre's GPU does with an 8B model
 
 
+_EVERY = 0.25
+
+
 class Stall:
-    """Looks once a second."""
+    """Looks four times a second."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, fleet: Fleet, give_up: Callable[[Engine, str], object], seconds: float
@@ -35,12 +38,13 @@ class Stall:
         self._give_up = give_up
         self._seconds = seconds
         self._last: dict[Engine, tuple[int, float]] = {}
-        self._timer = loop.call_later(1.0, self._look)
+        self._timer = loop.call_later(_EVERY, self._look)
 
     def _look(self) -> None:
         now = self._loop.time()
         last, self._last = self._last, {}
         for engine in self._fleet:
+            engine.heard_before, engine.heard_then = engine.heard_then, engine.heard
             if not engine.own_in_flight:
                 continue
             heard, since = last.get(engine, (-1, now))
@@ -51,7 +55,7 @@ class Stall:
                 del self._last[engine]
                 self._fleet.stalled(engine)
                 self._give_up(engine, f"{engine.url} has sent nothing for {now - since:.0f} s")
-        self._timer = self._loop.call_later(1.0, self._look)
+        self._timer = self._loop.call_later(_EVERY, self._look)
 
     def close(self) -> None:
         """Look no more."""

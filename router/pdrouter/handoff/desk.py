@@ -1,11 +1,8 @@
 """What all handoffs share: the fleet, the policies, the connections, the limits."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import orjson
 
 from pdrouter.deadlines import Deadlines
 from pdrouter.fleet.engine import Engine, Role
@@ -13,6 +10,7 @@ from pdrouter.fleet.fleet import Fleet
 from pdrouter.handoff.admission import Admission
 from pdrouter.handoff.edges import Edges
 from pdrouter.handoff.ledger import Ledger
+from pdrouter.handoff.legs import Greeting
 from pdrouter.handoff.release import Release
 from pdrouter.handoff.retries import RetryBudget
 from pdrouter.handoff.waiting import Parked, Waiting
@@ -23,9 +21,10 @@ from pdrouter.openai.features import Prompt
 from pdrouter.openai.generated import generated_text
 from pdrouter.policies import Bypassing, Learning, Policy, RoutingKey, Scoring
 from pdrouter.upstream.errors import ConnectError, ExhaustedError, RouterFailureError, UpstreamError
-from pdrouter.upstream.pool import Pool
+from pdrouter.upstream.pool import Call, Pool
 
 _BACK_OFF = (0.0, 0.05, 0.2, 0.5)  # seconds before a request is tried again
+_GREETING = 1.0  # seconds that an engine has for a sign of life
 _TYPICAL_OUTPUT = 256.0  # tokens, until answers have told better
 _SMOOTH = 0.05
 
@@ -203,6 +202,13 @@ class Desk:
         if text:
             self._learning[role].answered(asked, engine, asked.continued(text))
 
+    def greet(self, engine: Engine, greeting: Greeting) -> Call:
+        """Ask an engine for a sign of life; the greeting hears of it within a second."""
+        request = b"GET /health HTTP/1.1\r\nhost: %b\r\n\r\n" % engine.authority
+        call = greeting.call = self.pool.call(engine, request, greeting, counted=False)
+        self.loop.call_later(_GREETING, greeting.late)
+        return call
+
     # trying again
 
     def broken(self, engine: Engine, error: UpstreamError) -> None:
@@ -224,11 +230,6 @@ class Desk:
         """An engine's load row changed; where it fell, requests that wait for room may try."""
         if self.pool.rows is not None:
             self.pool.rows.changed(engine)
-
-    @staticmethod
-    def encoded(body: Mapping[str, Any]) -> bytes:
-        """Encode a body that the router made itself."""
-        return orjson.dumps(body)
 
     # fleet (pdrouter.fleet.fleet.Watcher)
 

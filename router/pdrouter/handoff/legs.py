@@ -7,7 +7,8 @@ import orjson
 from pdrouter.fleet.engine import Engine
 from pdrouter.handoff.stream import Stream
 from pdrouter.upstream.connection import Headers
-from pdrouter.upstream.errors import ClosedError, UpstreamError
+from pdrouter.upstream.errors import ClosedError, StalledError, UpstreamError
+from pdrouter.upstream.pool import Call
 
 LARGEST = 64 * 1024 * 1024  # bytes of an answer that the router has to hold
 LEARNT = 512 * 1024  # bytes of an answer: reading a longer one for the policy would hold up other requests
@@ -24,6 +25,14 @@ class Handoff:
 
     def prefill_failed(self, engine: Engine, error: UpstreamError) -> None:
         """Prefill has not answered."""
+        raise NotImplementedError
+
+    def greeted(self, engine: Engine) -> None:
+        """A quiet engine has answered."""
+        raise NotImplementedError
+
+    def not_greeted(self, engine: Engine) -> None:
+        """A quiet engine has not answered."""
         raise NotImplementedError
 
     def prefill_too_large(self, engine: Engine) -> None:
@@ -64,6 +73,40 @@ class EngineEventError(UpstreamError):
         except (orjson.JSONDecodeError, KeyError, TypeError):
             return 500
         return code if isinstance(code, int) else 500
+
+
+class Greeting:
+    """Asks a quiet engine whether it is there, before it is sent what must not be read late."""
+
+    __slots__ = ("_engine", "_handoff", "call", "over")
+
+    def __init__(self, handoff: Handoff, engine: Engine) -> None:
+        self.call: Call | None = None
+        self.over = False
+        self._handoff = handoff
+        self._engine = engine
+
+    def head(self, status: int, headers: Headers) -> None:
+        """Whatever it says, it lives."""
+
+    def body(self, data: bytes) -> None:
+        """Take what is of no interest."""
+
+    def end(self) -> None:
+        """It has answered."""
+        self.over = True
+        self._handoff.greeted(self._engine)
+
+    def failed(self, error: UpstreamError) -> None:
+        """It has not."""
+        self.over = True
+        self._handoff.not_greeted(self._engine)
+
+    def late(self) -> None:
+        """It takes too long."""
+        if not self.over and self.call is not None:
+            self.call.abort()
+            self.failed(StalledError(f"{self._engine.url} does not answer"))
 
 
 class PrefillLeg:

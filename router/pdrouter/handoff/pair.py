@@ -1,8 +1,8 @@
 """One prompt, two engines: prefill, ticket, decode; and whatever it takes when one of them fails.
 
-A pair is WAITING for engines or room, in PREFILL until there is a ticket, in DECODE until decode's answer ended, then
-SETTLED, exactly once. A client that leaves during PREFILL makes it ABANDONED until there is a ticket to give back.
-What a failure leads to:
+A pair is WAITING for engines or room, in PREFILL until there is a ticket, GREETING a decode engine that has long said
+nothing, in DECODE until decode's answer ended, then SETTLED, exactly once. A client that leaves during PREFILL makes it
+ABANDONED until there is a ticket to give back. What a failure leads to:
 
 - An engine that refused the connection has not seen the request: another gets it, on the decode side with the same
   ticket.
@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.handoff.desk import Desk
 from pdrouter.handoff.failure import Failure, engine_failure, leg_failure
-from pdrouter.handoff.legs import LARGEST, DecodeLeg, EngineEventError, Handoff, PrefillLeg
+from pdrouter.handoff.legs import LARGEST, DecodeLeg, EngineEventError, Greeting, Handoff, PrefillLeg
 from pdrouter.handoff.retries import EACH
 from pdrouter.handoff.stream import CannotGoOnError, Stream
 from pdrouter.handoff.ticket import Cause, Ticket, TicketError, read_ticket
@@ -36,9 +36,9 @@ from pdrouter.observe.record import Record
 from pdrouter.openai.asked import CHAT, COMPLETIONS
 from pdrouter.openai.continuation import IDS_FIELD, why_not
 from pdrouter.openai.features import Prompt
-from pdrouter.openai.legs import decode_leg, prefill_leg
+from pdrouter.openai.legs import decode_leg, encoded, prefill_leg
 from pdrouter.upstream.connection import Headers
-from pdrouter.upstream.errors import ConnectError, TooLateError, UpstreamError
+from pdrouter.upstream.errors import ConnectError, StalledError, TooLateError, UpstreamError
 from pdrouter.upstream.pool import Call
 
 _ABANDONED = 2.0  # seconds that a prefill gets to end after its client has left
@@ -50,6 +50,7 @@ class State(enum.Enum):
 
     WAITING = "waiting"
     PREFILL = "prefill"
+    GREETING = "greeting"
     DECODE = "decode"
     ABANDONED = "abandoned"
     SETTLED = "settled"
@@ -325,14 +326,32 @@ class Pair(Handoff):
         self._note(prefill, decode)
         self._hand_over(decode, ticket)
 
-    def _hand_over(self, decode: Engine, ticket: Ticket) -> None:
+    def _hand_over(self, decode: Engine, ticket: Ticket, greeted: bool = False) -> None:
+        """Send the ticket; a quiet engine is asked first: frozen, it would read the ticket after its lease."""
         desk = self._desk
         if ticket.cause is not None or ticket.expires < desk.loop.time():
             self._expired()
             return
+        if decode.quiet and not greeted:
+            self.state = State.GREETING
+            self._call = desk.greet(decode, Greeting(self, decode))
+            return
         ticket.handed = True
         desk.routed(Role.DECODE, self._asked, decode)
         self._send_decode(decode, decode_leg(self._bare, ticket.params, self._tells_ids()), ticket, 0)
+
+    def greeted(self, engine: Engine) -> None:
+        """A decode engine that was quiet has answered."""
+        if self.state is State.GREETING and self._ticket is not None:
+            self._call = None
+            self._hand_over(engine, self._ticket, True)
+
+    def not_greeted(self, engine: Engine) -> None:
+        """A decode engine that was quiet has not answered; it has not seen the ticket."""
+        if self.state is State.GREETING:
+            self._call = None
+            self._refused.append(engine)
+            self._hand_over_to_another()
 
     def _tells_ids(self) -> bool:
         """Begin to follow a stream that could go on elsewhere; tell whether ids must be asked for."""
@@ -435,7 +454,12 @@ class Pair(Handoff):
         if ticket is not None and ticket.cause is None:
             if self._desk.fleet.may_serve(engine):
                 self._desk.edges.failed(ticket.prefill, engine, failure.reason)
-            self._give_back(Cause.LOST)
+            if failure.reason == StalledError.reason:
+                # It may wake and fetch by this ticket, so the blocks had better stay until the lease ends.
+                ticket.handed = False
+                self._ticket = None
+            else:
+                self._give_back(Cause.LOST)
         if self._headed and self._stream is not None:
             self._go_on(engine, failure)
         elif self._headed:
@@ -462,7 +486,7 @@ class Pair(Handoff):
         self._record.continued += 1
         self._continued = True
         self._body = told
-        self._bare = self._desk.encoded(told)
+        self._bare = encoded(told)
         self._asked = Prompt(self._asked.key, told, self._asked.session)
         if self._path == CHAT:
             self._way.at(COMPLETIONS.encode())

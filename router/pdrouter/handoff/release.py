@@ -16,6 +16,7 @@ from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import UpstreamError
 from pdrouter.upstream.pool import Pool
 
+_LATER = 1.0  # seconds until engines are asked again that could not take a ticket back
 _SHAKEN = 0.5  # seconds in which two engines have met
 
 
@@ -34,7 +35,11 @@ class _Giving:
 
     def send(self) -> None:
         """Ask the next engine."""
-        if not self._engines or self._ticket.cause is not None:
+        if self._ticket.cause is not None:
+            return
+        if not self._engines:
+            # Nobody took it now; blocks that stay pinned until the lease ends are worth a few more questions.
+            self._release.pool.loop.call_later(_LATER, self._release.again, self._ticket, self._body, self._cause)
             return
         self._engine = engine = self._engines.pop(0)
         request = own_request(engine, self._body, self._release.authorization)
@@ -86,6 +91,10 @@ class Release:
     def give_back(self, ticket: Ticket, model: object, cause: Cause) -> None:
         """Have a ticket's blocks freed; the ledger hears of it when a decode engine has refused them."""
         ticket.handed = False
+        self.again(ticket, release_leg(model, ticket.params), cause)
+
+    def again(self, ticket: Ticket, body: bytes, cause: Cause) -> None:
+        """Ask decode engines to take a ticket back, as long as it is open."""
         if not self._fleet.may_serve(ticket.prefill):
             self.ledger.settle(ticket, cause)
             return
@@ -94,7 +103,7 @@ class Release:
             one for one in self._fleet.healthy(Role.DECODE) if not self._edges.closed(prefill, one)
         ]
         engines.sort(key=lambda one: not self.met(prefill, one))
-        _Giving(self, ticket, release_leg(model, ticket.params), cause, engines[:3]).send()
+        _Giving(self, ticket, body, cause, engines[:3]).send()
 
     def met(self, prefill: Engine, decode: Engine) -> bool:
         """Whether two engines have exchanged blocks before."""

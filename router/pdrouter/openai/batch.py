@@ -10,6 +10,8 @@ from typing import Any
 
 import orjson
 
+from pdrouter.openai.legs import encoded
+
 DONE = b"data: [DONE]\n\n"
 
 
@@ -27,7 +29,7 @@ def part_body(body: Mapping[str, Any], prompt: Any) -> dict[str, Any]:
 def repeated(body: Mapping[str, Any]) -> int:
     """Give how many bytes the bodies of all parts have beside the prompts: what is sent once goes on once a prompt."""
     shared = {name: value for name, value in body.items() if name != "prompt"}
-    return len(orjson.dumps(shared)) * len(body["prompt"])
+    return len(encoded(shared)) * len(body["prompt"])
 
 
 def add_usage(total: dict[str, Any], usage: Mapping[str, Any]) -> None:

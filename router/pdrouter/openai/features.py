@@ -1,5 +1,6 @@
 """What policies may know of a request (`pdrouter.policies.choice.Features`), read from its body when they ask."""
 
+import json
 from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,7 +17,10 @@ _END = b"\x01"
 def _part(value: Any) -> bytes:
     if isinstance(value, str):
         return value.encode("utf-8", "surrogatepass")
-    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # an integer above 64 bits
+        return json.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")
 
 
 def _message(message: Any) -> bytes:

@@ -6,6 +6,7 @@ verbatim beside the client's own fields. Nothing else is changed or left out, so
 what the client asked for; added is only that decode tells token ids of streams (`pdrouter.openai.continuation`).
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,14 @@ WANT_TICKET: Mapping[str, Any] = {
     "remote_host": None,
     "remote_port": None,
 }
+
+
+def encoded(body: Mapping[str, Any]) -> bytes:
+    """Encode a body, integers above 64 bits too."""
+    try:
+        return orjson.dumps(body)
+    except TypeError:
+        return json.dumps(body, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
 def prefill_leg(body: Mapping[str, Any]) -> bytes:
@@ -45,7 +54,7 @@ def prefill_leg(body: Mapping[str, Any]) -> bytes:
     leg.pop("min_tokens", None)
     leg.pop("return_token_ids", None)
     leg[TICKET_FIELD] = WANT_TICKET
-    return orjson.dumps(leg)
+    return encoded(leg)
 
 
 def without_transfers(body: dict[str, Any], raw: bytes) -> bytes:
@@ -64,7 +73,7 @@ def without_transfers(body: dict[str, Any], raw: bytes) -> bytes:
             if name in place:
                 del place[name]
                 told = True
-    return orjson.dumps(body) if told else raw
+    return encoded(body) if told else raw
 
 
 def decode_leg(bare: bytes, ticket: bytes | None, ids: bool = False) -> bytes:

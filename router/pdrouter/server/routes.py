@@ -22,6 +22,7 @@ from pdrouter.openai.asked import CHAT, COMPLETIONS, Asked, passed, read
 from pdrouter.openai.batch import choices_per_prompt, part_body, repeated
 from pdrouter.openai.errors import RequestError, error_body
 from pdrouter.openai.features import Prompt
+from pdrouter.openai.legs import encoded
 from pdrouter.openai.routing_key import KeySources, bytes_key
 from pdrouter.policies import RoutingKey
 from pdrouter.server.connection import ClientRequest
@@ -181,7 +182,7 @@ class Routes:
 
         def make(number: int, part: Part) -> Served:
             body = part_body(asked.body, prompts[number])
-            bare = orjson.dumps(body)
+            bare = encoded(body)
             key = whole or self._keys.routing_key((), body, bare)
             if number == 0:
                 record.reason = f"{desk.pair_reason(key)}:batch_of_{len(prompts)}"
