@@ -5,9 +5,10 @@ import pathlib
 import subprocess
 import sys
 
+import psutil
 import pytest
 
-from support.processes import engine, new_address, router, start_all
+from support.processes import engine, new_address, router, start_all, until
 
 HERE = pathlib.Path(__file__).parent
 BAD = "{python} %s {prefill_flags} {decode_flags} --host {host} --port {port}" % (HERE / "bad_router.py")
@@ -143,6 +144,15 @@ def test_wrong_usage_is_exit_status_2_and_says_what_is_wrong(arguments: tuple[st
     assert done.returncode == 2
     assert told in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr
+
+
+def test_a_referee_that_is_terminated_leaves_no_engine_behind() -> None:
+    command = [sys.executable, "-m", "pdsim.referee", "--router", "toy", "--case", "decode-hangs"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started = until(lambda: [one for one in [psutil.Process(running.pid).children()] if len(one) >= 7], 60, "engines")
+    running.terminate()
+    assert running.wait(30) == 130
+    until(lambda: not any(one.is_running() for one in started[0]), 5, "all engines are gone")
 
 
 def test_all_cases_are_listed_without_starting_anything() -> None:

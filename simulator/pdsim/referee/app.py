@@ -3,8 +3,9 @@
 import asyncio
 import datetime
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -123,6 +124,16 @@ async def judge(wish: Wish) -> Scorecard:
         )
 
 
+async def _until_terminated(work: Coroutine[None, None, Scorecard]) -> Scorecard:
+    """Do the work; SIGTERM ends it as Ctrl-C does, so that no engine is left behind."""
+    task = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
 def _called(wish: Wish) -> str:
     """Give the call that makes such a scorecard again, and what it starts."""
     if wish.url is not None:
@@ -195,7 +206,7 @@ def referee(
         raise typer.BadParameter("--prefill and --decode go with --url, both at least once")
     path = program or (peers.found(peer.program) if peer.program else "")
     wish = Wish(peer, path, url, prefill or [], decode or [], label, of_version, chosen(case or [], group or []))
-    card = asyncio.run(judge(wish))
+    card = asyncio.run(_until_terminated(judge(wish)))
     if json is not None:
         json.write_bytes(orjson.dumps(card.data(), option=orjson.OPT_INDENT_2) + b"\n")
     if markdown is not None:
