@@ -39,6 +39,7 @@ class Call:
     """A call as a connection sees it."""
 
     began = False
+    counted = True
 
     def __init__(self, receiver: Broken) -> None:
         self.receiver = receiver
@@ -79,7 +80,7 @@ def test_a_bug_in_the_router_fails_the_request_instead_of_hanging_it(
 ) -> None:
     receiver = Broken(part)
     call: Any = Call(receiver)
-    engine: Any = type("Engine", (), {"url": "http://e", "heard": 0})()
+    engine: Any = type("Engine", (), {"url": "http://e", "heard": 0, "worked": 0})()
     pool: Any = Pool()
     transport: Any = Transport()
     connection = EngineConnection(engine, pool)

@@ -20,8 +20,9 @@ class Engine:
     model name that the engine serves to what it loads (vLLM's `root`): aliases of one model share it, an adapter has
     its own. Empty until the engine was asked. `failures` counts legs that failed in a row (`pdrouter.fleet.breaker`),
     `answered` and `failed` all legs. `cached` and `uncached` add up the tokens of the prompts it was given, as the
-    policy predicted. `heard` counts reads from its connections, `heard_then` and `heard_before` are what it was at the
-    last looks. What `group` says tells which engines can exchange KV blocks (`Fleet.compatible`).
+    policy predicted. `heard` counts reads from its connections, `worked` those that answered requests of clients,
+    `heard_then` and `heard_before` are what `heard` was at the last looks. What `group` says tells which engines can
+    exchange KV blocks (`Fleet.compatible`).
 
     The load row: `in_flight`, `queued_tokens` and `held_tokens` are what this process gave it to do, `elsewhere` what
     the router's other processes did (`pdrouter.fleet.rows`), `waiting`, `running` and `kv_usage` what its metrics said
@@ -32,7 +33,7 @@ class Engine:
         "answered", "authority", "block_size", "cached", "elsewhere", "failed", "failures", "group",
         "healthy", "heard", "heard_before", "heard_then", "host", "kv_tokens", "kv_usage", "leaving",
         "longest_context", "models", "name", "own_coming", "own_held", "own_in_flight", "own_pinned",
-        "own_queued", "port", "role", "running", "scraped_at", "uncached", "url", "version", "waiting",
+        "own_queued", "port", "role", "running", "scraped_at", "uncached", "url", "version", "waiting", "worked",
     )  # fmt: skip
 
     def __init__(self, url: str, role: Role, name: str | None = None) -> None:
@@ -52,7 +53,7 @@ class Engine:
         self.elsewhere = (0, 0, 0, 0)
         self.waiting = self.running = self.kv_usage = 0.0
         self.kv_tokens = self.block_size = self.longest_context = 0
-        self.heard = self.heard_then = self.heard_before = 0
+        self.heard = self.heard_then = self.heard_before = self.worked = 0
         self.version = self.group = ""
         self.scraped_at = -inf
 

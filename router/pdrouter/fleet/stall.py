@@ -1,8 +1,8 @@
 """Noticing engines that hold connections open and send nothing: a stopped process, a hung GPU.
 
 Judged is the engine and not the request, for a request may rightly wait long: as long as an engine sends anything to
-anybody it works. One that has requests of ours and is silent is given up after `seconds`, a prefill engine after as
-much longer as its prompts may need at the least rate that is believed.
+any client it works; health checks do not count. One that has requests of ours and is silent is given up after
+`seconds`, a prefill engine after as much longer as its prompts may need at the least rate that is believed.
 """
 
 import asyncio
@@ -47,10 +47,10 @@ class Stall:
             engine.heard_before, engine.heard_then = engine.heard_then, engine.heard
             if not engine.own_in_flight:
                 continue
-            heard, since = last.get(engine, (-1, now))
-            if heard != engine.heard:
+            worked, since = last.get(engine, (-1, now))
+            if worked != engine.worked:
                 since = now
-            self._last[engine] = engine.heard, since
+            self._last[engine] = engine.worked, since
             if now - since > self._seconds + engine.own_queued / LEAST_RATE:
                 del self._last[engine]
                 self._fleet.stalled(engine)

@@ -377,6 +377,8 @@ class Pair(Handoff):
         request = self._way.request(decode, body)
         if self._record.decode_sent_at is None:
             self._record.decode_sent_at = perf_counter()
+        if self._stream is not None:
+            self._stream.another()
         leg = DecodeLeg(self, decode, self._stream, not self._streams, desk.learns(Role.DECODE))
         call = desk.pool.call(decode, request, leg, perishable=ticket, held=desk.needs(self._asked), queued=queued)
         self._call = call

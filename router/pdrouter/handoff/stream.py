@@ -66,6 +66,11 @@ class Stream:
         """How many tokens were told."""
         return self._generated.count(b",")
 
+    def another(self) -> None:
+        """Another engine is going to answer: forget what the last one left unfinished."""
+        self._rest = b""
+        self.error = None
+
     def feed(self, data: bytes) -> bytes:
         """Take bytes of an engine's answer; give what goes to the client, whole events only.
 
@@ -161,8 +166,6 @@ class Stream:
         Raises:
             CannotGoOnError: it would not be exact.
         """
-        self._rest = b""
-        self.error = None
         if self._prompt is None:
             raise CannotGoOnError("the engine does not tell token ids")
         try:

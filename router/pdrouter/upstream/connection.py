@@ -141,10 +141,13 @@ class EngineConnection:
     def data_received(self, data: bytes) -> None:
         """Parse and pass on (asyncio); what goes wrong in the router itself fails the request instead of hanging it."""
         call = self._call
-        self.engine.heard += 1
+        engine = self.engine
+        engine.heard += 1
         if call is None:
             self.abort()  # bytes that nobody asked for
             return
+        if call.counted:
+            engine.worked += 1
         try:
             self._receive(data)
         except Exception:

@@ -24,8 +24,8 @@ class Call:
     """
 
     __slots__ = (
-        "_connecting", "_connection", "_counted", "_held", "_pool", "_queued", "_request", "_reused",
-        "began", "engine", "paused", "perishable", "receiver",
+        "_connecting", "_connection", "_held", "_pool", "_queued", "_request", "_reused",
+        "began", "counted", "engine", "paused", "perishable", "receiver",
     )  # fmt: skip
 
     def __init__(
@@ -40,7 +40,7 @@ class Call:
         self._pool = pool
         self._request = request
         self._connecting: asyncio.Task[None] | None = None
-        self._counted = counted
+        self.counted = counted
         self._held = held
         self._queued = queued
         if counted:
@@ -98,8 +98,8 @@ class Call:
 
     def over(self) -> None:
         """Count it as no longer in flight."""
-        if self._counted:
-            self._counted = False
+        if self.counted:
+            self.counted = False
             engine = self.engine
             engine.own_in_flight -= 1
             engine.own_held -= self._held
