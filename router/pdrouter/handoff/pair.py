@@ -448,15 +448,15 @@ class Pair(Handoff):
             ticket.handed = False
             self._hand_over_to_another()
             return
-        self._decode_lost(engine, failure)
+        self._decode_lost(engine, failure, isinstance(error, StalledError))
 
-    def _decode_lost(self, engine: Engine, failure: Failure) -> None:
-        """Decode failed with the request in its hands."""
+    def _decode_lost(self, engine: Engine, failure: Failure, may_wake: bool = False) -> None:
+        """Decode failed with the request in its hands; an engine that only stalled may go on with it one day."""
         ticket = self._ticket
         if ticket is not None and ticket.cause is None:
             if self._desk.fleet.may_serve(engine):
                 self._desk.edges.failed(ticket.prefill, engine, failure.reason)
-            if failure.reason == StalledError.reason:
+            if may_wake:
                 # It may wake and fetch by this ticket, so the blocks had better stay until the lease ends.
                 ticket.handed = False
                 self._ticket = None
