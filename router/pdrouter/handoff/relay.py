@@ -43,7 +43,7 @@ class Relay(Delivery):
         for header in headers:
             name = header[0]
             if name not in _NOT_RELAYED:
-                lines += b"%b: %b\r\n" % header
+                lines += b"%b: %b\r\n" % (name, header[1])
                 if name == b"content-type" and header[1].startswith(b"text/event-stream"):
                     self.event_stream = True
             elif name == b"content-length":

@@ -8,7 +8,7 @@ from zlib import crc32
 
 import orjson
 
-from pdrouter.policies.choice import RoutingKey
+from pdrouter.policies.routing_key import RoutingKey
 
 BYTES_PER_TOKEN = 4  # of English text with Llama 3.1's tokenizer: 4.2 to 4.5
 _END = b"\x01"

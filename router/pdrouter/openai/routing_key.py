@@ -24,8 +24,8 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import Any
 
-from pdrouter.policies.choice import RoutingKey
 from pdrouter.policies.fbi_hash import fbi_hash
+from pdrouter.policies.routing_key import RoutingKey
 
 KEY_HEADERS = (b"x-session-id", b"x-user-id", b"x-tenant-id", b"x-correlation-id", b"x-request-id", b"x-trace-id")
 _FIELDS = (("user", "user"), ("session_id", "session"), ("user_id", "user"))

@@ -13,7 +13,6 @@ from pdrouter.policies.choice import (
     Policy,
     PolicyFactory,
     RoleName,
-    RoutingKey,
     Scoring,
 )
 from pdrouter.policies.consistent_hash import ConsistentHash
@@ -25,6 +24,7 @@ from pdrouter.policies.power_of_two import PowerOfTwo
 from pdrouter.policies.random_choice import RandomChoice
 from pdrouter.policies.rendezvous_hash import RendezvousHash
 from pdrouter.policies.round_robin import RoundRobin
+from pdrouter.policies.routing_key import RoutingKey
 from pdrouter.policies.sticky_least_loaded import StickyLeastLoaded
 
 

@@ -18,8 +18,8 @@ def forwarded(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     lines = b""
     for header in headers:
         name = header[0]
-        if name in FORWARDED or name.startswith(_FORWARDED_FAMILIES):
-            lines += b"%b: %b\r\n" % header
+        if name in FORWARDED or (name.startswith(b"x-") and name.startswith(_FORWARDED_FAMILIES)):
+            lines += b"%b: %b\r\n" % (name, header[1])
     return lines
 
 
