@@ -249,7 +249,8 @@ def test_a_connection_without_a_request_is_closed_without_an_answer(hasty: Stand
 
 
 def test_a_client_that_takes_nothing_of_its_answer_is_cut_and_its_engine_let_go(hasty: Standing):
-    hasty.decode.answer = b'"' + b"x" * 30_000_000 + b'"'
+    event = b'data: {"choices":[{"index":0,"text":"%b"}]}\n\n' % (b"x" * 10_000)
+    hasty.decode.answer, hasty.decode.kind, hasty.decode.streams = event * 3000, "text/event-stream", True
     try:
         with closing(hasty.wire(buffer=4096)) as wire:
             wire.send(post("slow", stream=True))
@@ -257,8 +258,29 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_and_its_engine_let_go(
             until(lambda: hasty.metric("pd_router_in_flight") == 0, 20, "no engine works for it")
             assert len(wire.rest()) < 30_000_000
     finally:
-        hasty.decode.answer = None
+        hasty.decode.answer, hasty.decode.kind, hasty.decode.streams = None, "application/json", False
     hasty.serves()
+
+
+def test_answers_that_clients_do_not_take_have_a_largest_size_together():
+    with standing("--max-answer-memory", "60000000") as bed:
+        memory = psutil.Process(bed.router.process.pid).memory_info
+        bed.decode.answer = b'{"choices":[{"index":0,"text":"%b"}]}' % (b"x" * 7_000_000)
+        wires = [bed.wire(buffer=4096) for _ in range(40)]
+        for wire in wires:
+            wire.send(post("slow", headers="Connection: close\r\n"))
+        until(lambda: len(bed.prompts()) == 40, 20, "all are with engines")
+        until(lambda: bed.metric("pd_router_requests_running") == 0, 20, "all are answered")
+        cut = bed.log().count("clients take too little")
+        assert 25 <= cut <= 33, "each leaves about 7 MB behind, less what the kernel took"
+        assert memory().rss < 250 * 1024 * 1024
+        bed.decode.answer = None
+        bed.serves()
+        whole = [read_answers(wire.rest())[0].complete for wire in wires]
+        assert whole.count(False) == cut
+        assert bed.log().count("clients take too little") == cut
+        for wire in wires:
+            wire.close()
 
 
 def test_a_client_that_only_sends_costs_no_memory():

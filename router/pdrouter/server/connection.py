@@ -64,6 +64,12 @@ class Owner(Protocol):
     def refused(self, status: int) -> None:
         """A request was refused before it was complete."""
 
+    def fell_behind(self, connection: "ClientConnection", waiting: int) -> None:
+        """A client does not keep up, and so many bytes wait for it."""
+
+    def caught_up(self, connection: "ClientConnection") -> None:
+        """A client keeps up again, or is gone; nothing happens when it kept up."""
+
     def unwelcome(self, request: "ClientRequest") -> tuple[int, str] | None:
         """Say with which status and why a larger body is not worth reading, or None; the head is complete."""
 
@@ -605,13 +611,15 @@ class ClientConnection:
         connection and could destroy the answer on its way.
         """
         self._discarding = True
-        if self._receiving is not None:
-            self._release(self._receiving)
-            self._receiving = None
-        self._wait(None)
-        self.owner.refused(status)
         body = error_body(status, message)
         framing = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        request, self._receiving = self._receiving, None
+        if request is not None:
+            self._release(request)
+            if request.method == b"HEAD":
+                body = b""
+        self._wait(None)
+        self.owner.refused(status)
         self.send(b"".join((_status_line(status), _JSON, _REFUSAL_HEADERS.get(status, b""), framing, body)))
         self.flush()
         transport = self._transport
@@ -628,7 +636,10 @@ class ClientConnection:
     def pause_writing(self) -> None:
         """The client does not keep up (asyncio)."""
         self._slow = True
-        self.owner.write.start(self)
+        owner = self.owner
+        owner.write.start(self)
+        if self._transport is not None:
+            owner.fell_behind(self, self._transport.get_write_buffer_size())
         if self._current is None:
             self._stop_reading()
         elif self._current.listener is not None:
@@ -638,6 +649,7 @@ class ClientConnection:
         """The client keeps up again (asyncio)."""
         self._slow = False
         self.owner.write.stop(self)
+        self.owner.caught_up(self)
         if self._closing or self._discarding:
             return
         if self._current is None:
@@ -649,7 +661,9 @@ class ClientConnection:
         """The client is gone (asyncio)."""
         self._transport = None
         self._wait(None)
-        self.owner.write.stop(self)
+        if self._slow:
+            self.owner.write.stop(self)
+            self.owner.caught_up(self)
         self.owner.left(self, self.client)
         request, self._current = self._current, None
         for one in (request, self._receiving, *(self._waiting or ())):
