@@ -3,16 +3,19 @@
 import asyncio
 import errno
 import logging
+import socket
 import ssl
 from collections.abc import Callable
 from typing import cast
 
 from pdrouter.deadlines import Deadlines
 from pdrouter.outbox import Outbox
-from pdrouter.server.connection import ClientConnection, ClientRequest
+from pdrouter.server.connection import ClientConnection
 from pdrouter.server.limits import Limits
+from pdrouter.server.request import ClientRequest
 
 _log = logging.getLogger(__name__)
+_SEND_BUFFER = 256 * 1024
 
 
 class ListenError(Exception):
@@ -91,6 +94,9 @@ class Listener:
             else:
                 why = error.strerror or str(error)
             raise ListenError(f"cannot listen on {host}:{port}: {why}") from None
+        for one in self._server.sockets:
+            # Connections inherit it. The kernel would take up to 4 MB for each client that reads too slowly.
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
     @property
     def port(self) -> int:
