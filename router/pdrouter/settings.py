@@ -76,6 +76,7 @@ class Settings:
     max_prompts: int = 1024
     max_payload_size: int = 64 * 1024 * 1024
     max_payload_memory: int = 1024 * 1024 * 1024
+    max_answer_memory: int = 256 * 1024 * 1024
     max_header_size: int = 32 * 1024
     max_headers: int = 128
     max_connections: int = 16384
@@ -99,6 +100,7 @@ class Settings:
         return Limits(
             body=self.max_payload_size,
             bodies=self.max_payload_memory,
+            unsent=self.max_answer_memory,
             head=self.max_header_size,
             header_count=self.max_headers,
             head_seconds=self.client_head_timeout_secs,

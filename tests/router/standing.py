@@ -61,6 +61,7 @@ class Witness:
         self.reached: list[Reached] = []
         self.malformed: list[str] = []
         self.answer: bytes | None = None
+        self.kind = "application/json"
         self.streams = False
         self.status = 200
         self.extra: list[tuple[str, str]] = []
@@ -116,14 +117,14 @@ class Witness:
         if own and one.target == "/v1/models":
             told: Any = {"data": [{"id": "tiny", "root": "tiny"}]}
         elif own:
-            told = {}
+            told = {"version": "0.32.0"} if one.target == "/version" else {}
         else:
             self.reached.append(one)
             if self.hold is not None:
                 await until(self.hold.is_set, "the test lets the engine answer", 60)
             told = self._told(one)
         raw = self.answer if self.answer is not None and not own else json.dumps(told).encode()
-        kind = [("content-type", "application/json")]
+        kind = [("content-type", "application/json" if own else self.kind)]
         if own or not self.streams:
             kind.append(("content-length", str(len(raw))))
         status = 200 if own else self.status
@@ -140,7 +141,8 @@ class Witness:
             return {}
         wanted = asked.get("kv_transfer_params")
         ticket = TICKET if isinstance(wanted, dict) and wanted.get("do_remote_decode") else None
-        choices = [{"index": number, "text": "x"} for number in range(int(asked.get("n") or 1))]
+        n = asked.get("n")
+        choices = [{"index": number, "text": "x"} for number in range(n if isinstance(n, int) and 0 < n < 9 else 1)]
         # The ids of models are the clients' own: the fleet's is not what is tested here.
         return {"id": "c", "model": asked.get("model") or "tiny", "choices": choices, "usage": USAGE,
                 "kv_transfer_params": ticket}  # fmt: skip
@@ -179,7 +181,8 @@ def read_answers(raw: bytes, methods: Sequence[str] = ()) -> list[Answer]:
                 answer.body += raw[:size]
                 raw = raw[size + 2 :]
             answer.complete = size == 0
-        elif method != "HEAD" and status not in ("204", "304"):
+        elif (method != "HEAD" or headers.get("connection") == "close") and raw and status not in ("204", "304"):
+            # A refusal comes with its reason when it was not known that the method was HEAD.
             size = int(headers["content-length"])
             answer.body, raw = raw[:size], raw[size:]
             answer.complete = len(answer.body) == size

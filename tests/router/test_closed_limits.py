@@ -190,9 +190,15 @@ def test_more_values_than_anybody_needs_are_refused_before_they_are_parsed():
             many = b'{"prompt":"x","x":[' + value * (60_000_000 // len(value)) + b"0]}"
             answer = bed.one(large(many))
             assert (answer.status, answer.error["message"]) == (400, "The body may have 2,097,152 values.")
+        for value in (b"[],", b"{},", b'{"a":1},', b"[[]],"):
+            answer = bed.one(large(b'{"prompt":"x","x":[' + value * 33_000 + b"0]}"))
+            assert (answer.status, answer.error["message"]) == (400, "The body may have 32,768 objects and lists.")
         bed.serves()
         assert memory().rss < 400 * 1024 * 1024
         assert bed.prompts() == ["ordinary"]
+        text = '{"a":[\\"' * 40_000  # brackets inside of a text are none
+        for raw in (post(text), post([[1, 2, 3]] * 1000, n=1), post("x", x=[{}] * 30_000)):
+            assert bed.one(raw).status == 200
 
 
 # time
@@ -249,7 +255,8 @@ def test_a_connection_without_a_request_is_closed_without_an_answer(hasty: Stand
 
 
 def test_a_client_that_takes_nothing_of_its_answer_is_cut_and_its_engine_let_go(hasty: Standing):
-    hasty.decode.answer = b'"' + b"x" * 30_000_000 + b'"'
+    event = b'data: {"choices":[{"index":0,"text":"%b"}]}\n\n' % (b"x" * 10_000)
+    hasty.decode.answer, hasty.decode.kind, hasty.decode.streams = event * 3000, "text/event-stream", True
     try:
         with closing(hasty.wire(buffer=4096)) as wire:
             wire.send(post("slow", stream=True))
@@ -257,8 +264,29 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_and_its_engine_let_go(
             until(lambda: hasty.metric("pd_router_in_flight") == 0, 20, "no engine works for it")
             assert len(wire.rest()) < 30_000_000
     finally:
-        hasty.decode.answer = None
+        hasty.decode.answer, hasty.decode.kind, hasty.decode.streams = None, "application/json", False
     hasty.serves()
+
+
+def test_answers_that_clients_do_not_take_have_a_largest_size_together():
+    with standing("--max-answer-memory", "60000000") as bed:
+        memory = psutil.Process(bed.router.process.pid).memory_info
+        bed.decode.answer = b'{"choices":[{"index":0,"text":"%b"}]}' % (b"x" * 20_000_000)
+        wires = [bed.wire(buffer=4096) for _ in range(15)]
+        for wire in wires:
+            wire.send(post("slow", headers="Connection: close\r\n"))
+        until(lambda: len(bed.prompts()) == 15, 20, "all are with engines")
+        until(lambda: bed.metric("pd_router_requests_running") == 0, 20, "all are answered")
+        cut = bed.log().count("clients take too little")
+        assert 8 <= cut <= 12, "of each 20 MB wait, less what the kernel took"
+        until(lambda: memory().rss < 200 * 1024 * 1024, 20, "what was for them is given back")
+        bed.decode.answer = None
+        bed.serves()
+        whole = [read_answers(wire.rest())[0].complete for wire in wires]
+        assert whole.count(False) == cut
+        assert bed.log().count("clients take too little") == cut
+        for wire in wires:
+            wire.close()
 
 
 def test_a_client_that_only_sends_costs_no_memory():
@@ -280,14 +308,15 @@ def test_a_client_that_only_sends_costs_no_memory():
         bed.serves()
 
 
-def test_requests_far_ahead_of_their_answers_are_refused_and_those_before_are_answered(hasty: Standing):
+def test_requests_far_ahead_of_their_answers_wait_unread_and_are_answered_in_order(hasty: Standing):
     hasty.decode.hold = threading.Event()
     with closing(hasty.wire()) as wire:
-        wire.send(post("first") + HEALTH * 1000)
+        wire.send(post("first") + HEALTH * 5000 + post("last", headers="Connection: close\r\n"))
         until(lambda: "first" in hasty.prompts(), 20, "the first is with an engine")
         hasty.decode.hold.set()
         answers = read_answers(wire.rest())
-    assert [answer.status for answer in answers] == [200] * 257 + [429]
+    assert [answer.status for answer in answers] == [200] * 5002
+    assert hasty.prompts()[-2:] == ["first", "last"]
     hasty.decode.hold = None
 
 

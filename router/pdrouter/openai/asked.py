@@ -1,6 +1,7 @@
 """What a request asks for, as far as the router must know, and whether its JSON is one that anybody should read."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,10 @@ CHAT = "/v1/chat/completions"
 DEEPEST = 100  # objects and lists within one another; schemas of tools have ten or twenty, orjson writes up to 254
 MOST_VALUES = 2 * 1024 * 1024  # a batch of 1024 prompts of 2000 token ids
 _BEYOND = float(2**63)
+MOST_CONTAINERS = 32 * 1024  # objects and lists; each takes 60 to 230 bytes and as much time as a kilobyte of text
 _NO_MARKS = bytes(byte for byte in range(256) if byte not in b",[{")
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[{")
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # its end may be missing: else it would be tried anew
 _FORMS = (b"multipart/form-data", b"application/x-www-form-urlencoded")
 
 
@@ -38,9 +42,15 @@ class Asked:
         self.stream = stream
 
 
-def _many_marks(raw: bytes) -> bool:
+def _many_brackets(raw: bytes) -> bool:
     """Tell whether JSON has so many brackets that it could be nested too deeply; those inside of texts count."""
     return raw.count(b"{") + raw.count(b"[") > DEEPEST
+
+
+def _many_containers(raw: bytes) -> bool:
+    if len(raw.translate(None, _NO_BRACKETS)) <= MOST_CONTAINERS:
+        return False
+    return len(_TEXT.sub(b"", raw).translate(None, _NO_BRACKETS)) > MOST_CONTAINERS
 
 
 def _deep(value: Any) -> bool:
@@ -75,13 +85,16 @@ def parsed(raw: bytes) -> dict[str, Any]:
     """
     if len(raw) > MOST_VALUES and len(raw.translate(None, _NO_MARKS)) > MOST_VALUES:
         raise RequestError(400, f"The body may have {MOST_VALUES:,} values.")
+    many = _many_brackets(raw)
+    if many and _many_containers(raw):
+        raise RequestError(400, f"The body may have {MOST_CONTAINERS:,} objects and lists.")
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise RequestError(400, f"The body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise RequestError(400, "The body must be a JSON object.")
-    if _many_marks(raw) and _deep(body):
+    if many and _deep(body):
         raise RequestError(400, f"The body may have {DEEPEST} objects and lists within one another.")
     told: dict[str, Any] = body
     for value in told.values():

@@ -13,7 +13,7 @@ from pdrouter.handoff.edges import Edges
 from pdrouter.handoff.failure import JSON_HEADERS
 from pdrouter.observe.decisions import Decisions
 from pdrouter.openai.errors import error_body
-from pdrouter.server.connection import ClientRequest
+from pdrouter.server.request import ClientRequest
 from pdrouter.settings import SettingsError, checked_worker
 
 _FIELDS = ("url", "role", "worker_type")

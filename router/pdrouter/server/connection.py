@@ -6,38 +6,31 @@ client does not take its answers, no more is read. What llhttp accepts and RFC 9
 
 import asyncio
 import logging
-import re
 from collections import deque
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import Protocol, cast
 
 import httptools
 
 from pdrouter.deadlines import Deadlines
-from pdrouter.handoff.client import Listener
 from pdrouter.openai.errors import error_body
 from pdrouter.outbox import Outbox
+from pdrouter.server.head import head_too_large, judge, too_large
 from pdrouter.server.limits import Limits
+from pdrouter.server.request import ClientRequest, status_line
 
 _log = logging.getLogger(__name__)
-_STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode()) for status in HTTPStatus}
 _LINGER = 2.0
 _LINGERING = 64  # connections beyond the limit that are kept until their client has read why they end
 _JSON = b"content-type: application/json\r\n"
-_JOINED = 65536  # a body up to this size is copied behind its head: one buffer less costs more than the copy
 _SMALL = 65536  # bytes of a body that are read from anybody and counted nowhere
 _PIECES = 1024  # pieces of a body that are kept apart: an object for each tiny chunk takes many times its bytes
-_AHEAD = 256  # requests that a client may send ahead of its answers
-_JUDGED = frozenset((b"content-length", b"expect", b"host", b"transfer-encoding"))
-_HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
-_ABSOLUTE = re.compile(rb"https?://[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]+(?=[/?]|$)", re.IGNORECASE)
+_SLICE = 2048  # bytes beside a body that are parsed at once
+_TURN = 256  # what a connection may cost in a turn of the loop: a piece of a body is 1
+_REQUEST = 8  # what a request costs
+_GATHERED = 65536  # bytes that are gathered before they are written: an engine may send megabytes in a turn
 _FAILED = "The router failed on this request; its log tells why."
 _REFUSAL_HEADERS = {401: b"www-authenticate: Bearer\r\n", 429: b"retry-after: 1\r\n", 503: b"retry-after: 1\r\n"}
-
-
-def _status_line(status: int) -> bytes:
-    return _STATUS_LINES.get(status) or b"HTTP/1.1 %d Status\r\n" % status
 
 
 class Owner(Protocol):
@@ -64,116 +57,14 @@ class Owner(Protocol):
     def refused(self, status: int) -> None:
         """A request was refused before it was complete."""
 
-    def unwelcome(self, request: "ClientRequest") -> tuple[int, str] | None:
+    def fell_behind(self, connection: "ClientConnection", waiting: int) -> None:
+        """A client does not keep up, and so many bytes wait for it."""
+
+    def caught_up(self, connection: "ClientConnection") -> None:
+        """A client keeps up again, or is gone; nothing happens when it kept up."""
+
+    def unwelcome(self, request: ClientRequest) -> tuple[int, str] | None:
         """Say with which status and why a larger body is not worth reading, or None; the head is complete."""
-
-
-class ClientRequest:
-    """A request and the way back to its client (`pdrouter.handoff.client.Client`)."""
-
-    __slots__ = (
-        "_chunked", "_connection", "_done", "_started", "body", "expects_continue", "gathered", "headers", "held",
-        "keep_alive", "listener", "method", "old", "pieces", "raw", "received", "since", "target",
-    )  # fmt: skip
-
-    def __init__(self, connection: "ClientConnection") -> None:
-        self.listener: Listener | None = None
-        self.method = b""
-        self.target = b""
-        self.headers: list[tuple[bytes, bytes]] = []
-        self.body = b""
-        self.pieces: list[bytes] = []
-        self.gathered: bytearray | None = None
-        self.received = 0
-        self.held = 0
-        self.raw = 0
-        self.since = 0.0
-        self.keep_alive = True
-        self.old = False
-        self.expects_continue = False
-        self._connection = connection
-        self._started = False
-        self._chunked = False
-        self._done = False
-
-    @property
-    def peer(self) -> str:
-        """The client's address."""
-        return self._connection.client
-
-    @property
-    def started(self) -> bool:
-        """Whether the head of a streamed answer is sent."""
-        return self._started
-
-    def header(self, name: bytes) -> bytes | None:
-        """Give the first value of a header (lower-case name)."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
-
-    def _end_of_head(self) -> bytes:
-        if self.keep_alive and not self._connection.owner.draining:
-            return b"\r\n"
-        self.keep_alive = False
-        return b"connection: close\r\n\r\n"
-
-    def respond(self, status: int, body: bytes, headers: bytes = b"") -> None:
-        """Send a complete answer."""
-        if self._done:
-            return
-        self._done = True
-        connection = self._connection
-        line = _STATUS_LINES.get(status) or _status_line(status)
-        if status in (204, 304):
-            connection.send(b"%b%b%b" % (line, headers, self._end_of_head()))
-        else:
-            head = b"%b%bcontent-length: %d\r\n%b" % (line, headers, len(body), self._end_of_head())
-            if self.method == b"HEAD":
-                connection.send(head)
-            elif len(body) <= _JOINED:
-                connection.send(head + body)
-            else:
-                connection.send(head)
-                connection.send(body)
-        connection.answered(self)
-
-    def start(self, status: int, headers: bytes) -> None:
-        """Send the head of an answer whose length is not known; to HTTP/1.0 the end of the connection is its end."""
-        if self._done:
-            return
-        self._started = True
-        self._chunked = not self.old
-        if self.old:
-            self.keep_alive = False
-        framing = b"transfer-encoding: chunked\r\n" if self._chunked else b""
-        self._connection.send(b"%b%b%b%b" % (_status_line(status), headers, framing, self._end_of_head()))
-
-    def write(self, data: bytes) -> None:
-        """Send a piece of the body."""
-        if self._done or not data or self.method == b"HEAD":
-            return
-        if self._chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        self._connection.send(data)
-
-    def finish(self) -> None:
-        """Send the end of the body."""
-        if self._done:
-            return
-        self._done = True
-        if self._chunked and self.method != b"HEAD":
-            self._connection.send(b"0\r\n\r\n")
-        self._connection.answered(self)
-
-    def break_off(self) -> None:
-        """Close without the end."""
-        if self._done:
-            return
-        self._done = True
-        self.keep_alive = False
-        self._connection.answered(self)
 
 
 class ClientConnection:
@@ -183,9 +74,9 @@ class ClientConnection:
     """
 
     __slots__ = (
-        "_closing", "_completed", "_current", "_discarding", "_handler", "_head_size", "_host", "_out", "_outbox",
-        "_parser", "_paused", "_receiving", "_refusal", "_slow", "_transport", "_unparsed", "_upgrading", "_waiting",
-        "_watch", "client", "owner",
+        "_closing", "_completed", "_current", "_discarding", "_feeding", "_gathered", "_handler", "_head_size",
+        "_host", "_out", "_outbox", "_parser", "_paused", "_receiving", "_refusal", "_rest", "_slow",
+        "_transport", "_unparsed", "_upgrading", "_waiting", "_watch", "_work", "client", "owner",
     )  # fmt: skip
 
     def __init__(self, owner: Owner, handler: Callable[[ClientRequest], None]) -> None:
@@ -210,6 +101,10 @@ class ClientConnection:
         self._discarding = False
         self._paused = False
         self._slow = False
+        self._feeding = False
+        self._work = 0
+        self._gathered = 0
+        self._rest = b""
 
     # towards requests
 
@@ -218,7 +113,11 @@ class ClientConnection:
         out = self._out
         if not out:
             self._outbox.add(self)
+            self._gathered = 0
         out.append(data)
+        self._gathered += len(data)
+        if self._gathered > _GATHERED:
+            self.flush()
 
     def flush(self) -> None:
         """Write what was gathered (`pdrouter.outbox`)."""
@@ -247,13 +146,19 @@ class ClientConnection:
             self._proceed()
 
     def _proceed(self) -> None:
-        """Take the next request, now that none is under way."""
+        """Go on, now that no request is under way."""
+        if self._feeding or self._closing or self._discarding:
+            return
         if self._slow:
             self._stop_reading()  # answers that are not taken must not pile up; `resume_writing` comes back here
         elif self._waiting:
             # Not from within the answer that just ended: a client that sends thousands ahead must not nest as many.
             asyncio.get_running_loop().call_soon(self._next)
-        elif self._refusal is not None or self._receiving is not None or self._paused:
+        elif self._refusal is not None:
+            self._refuse(*self._refusal)
+        elif self._rest:
+            asyncio.get_running_loop().call_soon(self._feed_rest)
+        elif self._receiving is not None or self._paused:
             self._go_on()
         elif self._watch is self.owner.idle:
             self.owner.idle.start(self)
@@ -263,25 +168,27 @@ class ClientConnection:
     def _next(self) -> None:
         if self._current is None and self._waiting and self._transport is not None and not self._slow:
             self._take(self._waiting.popleft())
+            self._read_on()
 
     def _stop_reading(self) -> None:
         if not self._paused and self._transport is not None and not self._transport.is_closing():
             self._paused = True
             self._transport.pause_reading()
 
+    def _read_on(self) -> None:
+        if self._paused and not (self._waiting or self._slow or self._rest):
+            self._paused = False
+            if self._transport is not None and not self._transport.is_closing():
+                self._transport.resume_reading()
+
     def _release(self, request: ClientRequest) -> None:
         self.owner.held -= request.held
         request.held = 0
 
     def _go_on(self) -> None:
-        if self._refusal is not None:
-            self._refuse(*self._refusal)
-            return
         if self._receiving is not None:
             self._continue(self._receiving)
-        if self._paused and self._transport is not None and not self._transport.is_closing():
-            self._paused = False
-            self._transport.resume_reading()
+        self._read_on()
         self._wait_for_client()
 
     def close(self) -> None:
@@ -292,7 +199,7 @@ class ClientConnection:
 
     def close_if_idle(self) -> None:
         """Close unless a request is under way or arriving."""
-        if self._current is None and not self._waiting and self._receiving is None:
+        if self._current is None and not (self._waiting or self._rest) and self._receiving is None:
             self.close()
 
     def abort(self) -> None:
@@ -376,81 +283,34 @@ class ClientConnection:
         elif parser.should_upgrade():
             self._upgrading = True
         else:
-            self._refusal = self._judge(request)
+            refusal = judge(request, self.owner.limits, self._host)
+            if refusal is None:
+                self._host = request.host
+                if request.chunked or request.length > _SMALL:
+                    refusal = self.owner.unwelcome(request)
+            self._refusal = refusal
             if request.expects_continue and self._current is None and not self._waiting:
                 self._continue(request)
 
-    def _judge(self, request: ClientRequest) -> tuple[int, str] | None:
-        """Say why a head is refused, or None. Sections are those of RFC 9112, or of RFC 9110 where that is named."""
-        limits = self.owner.limits
-        if len(request.headers) > limits.header_count:
-            return 431, f"A request may have {limits.header_count} headers."
-        hosts, large = 0, False
-        for name, value in request.headers:
-            if name not in _JUDGED:
-                continue
-            if name == b"host":
-                hosts += 1
-                if value != self._host:
-                    if not _HOST.fullmatch(value):
-                        return 400, "The Host header is no host."
-                    self._host = value
-            elif name == b"content-length":
-                length = int(value)
-                if length > limits.body:
-                    return self._too_large()
-                large = length > _SMALL
-            elif name == b"transfer-encoding":
-                if request.old:
-                    return 400, "HTTP/1.0 knows no Transfer-Encoding."  # 6.1
-                if value.lower() != b"chunked":
-                    return 501, "The only Transfer-Encoding known here is chunked."  # 6.1
-                large = True
-            elif request.old:
-                pass  # RFC 9110 10.1.1: HTTP/1.0 has no expectations
-            elif value.lower() == b"100-continue":
-                request.expects_continue = True
-            else:
-                return 417, "Only Expect: 100-continue is known."
-        if hosts > 1 or (hosts == 0 and not request.old):
-            return 400, "A request has one Host header."  # 3.2
-        target = request.target
-        if not target.startswith(b"/") and target != b"*":
-            found = _ABSOLUTE.match(target)
-            if found is None:
-                return 400, "The target is neither a path nor an http URL."  # 3.2
-            # 3.2.2: the name in the URL replaces Host; here neither decides anything.
-            rest = target[found.end() :]
-            request.target = rest if rest.startswith(b"/") else b"/" + rest
-        if b"#" in target:
-            return 400, "A target has no fragment."  # 3.2
-        return self.owner.unwelcome(request) if large else None
-
     def _head_too_large(self) -> None:
-        if self._refusal is not None:
-            return
-        most = self.owner.limits.head
-        if self._receiving is not None and len(self._receiving.target) > most:
-            self._refusal = (414, f"Request line and headers may have {most} bytes; the target alone has more.")
-        else:
-            self._refusal = (431, f"Request line and headers may have {most} bytes.")
+        if self._refusal is None:
+            target = self._receiving.target if self._receiving is not None else b""
+            self._refusal = head_too_large(target, self.owner.limits)
 
     def _continue(self, request: ClientRequest) -> None:
         if request.expects_continue and self._refusal is None and not request.received:
             request.expects_continue = False
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _too_large(self) -> tuple[int, str]:
-        return 413, f"A request body may have {self.owner.limits.body} bytes."
-
     def on_body(self, data: bytes) -> None:
         """Take a piece of the body."""
         request = self._receiving
         if request is None or self._refusal is not None:
             return
+        self._work += 1
         request.received += len(data)
         if request.received > self.owner.limits.body:
-            self._refusal = self._too_large()
+            self._refusal = too_large(self.owner.limits)
         elif request.received > _SMALL and not self._hold(request):
             self._refusal = (503, "The router holds as much of requests as it may; try again later.")
         pieces = request.pieces
@@ -493,17 +353,13 @@ class ClientConnection:
         if self._current is not None or self._waiting or self._slow:
             if self._waiting is None:
                 self._waiting = deque()
-            if len(self._waiting) == _AHEAD:
-                self._release(request)
-                self._refusal = (429, f"A client may send {_AHEAD} requests ahead of their answers.")
-                return
             self._waiting.append(request)
-            self._stop_reading()
         else:
             self._take(request)
 
     def _take(self, request: ClientRequest) -> None:
         self._current = request
+        self._work += _REQUEST
         try:
             self._handler(request)
         except Exception:
@@ -534,10 +390,46 @@ class ClientConnection:
 
     def data_received(self, data: bytes) -> None:
         """Parse (asyncio)."""
-        while data and not self._discarding and self._refusal is None and not self._closing:
-            data = self._parse(data)
-        if self._receiving is not None or (self._watch is not None and self._current is not None):
-            self._wait_for_client()
+        if self._rest:  # reading had been stopped too late
+            self._rest += data
+        else:
+            self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        """Parse, in slices, as long as this connection has not had its share of the loop's turn.
+
+        One read may have thousands of tiny requests or chunks, and while they are worked off nobody else is served.
+        """
+        self._work = 0
+        self._feeding = True
+        while data and not (self._discarding or self._closing or self._refusal is not None):
+            if self._waiting or self._slow or self._work >= _TURN:
+                self._rest = data
+                self._stop_reading()
+                break
+            size = self._slice()
+            if len(data) <= size:
+                data = self._parse(data)
+            else:
+                again = self._parse(data[:size])
+                data = again + data[size:] if again else data[size:]
+        self._feeding = False
+        if self._current is not None:
+            self._read_on()
+            if self._receiving is not None or self._watch is not None:
+                self._wait_for_client()
+        elif self._work or self._paused or self._receiving is not None or self._refusal is not None:
+            self._proceed()
+
+    def _slice(self) -> int:
+        """Give how many bytes may be parsed at once: what is known to be a body, and a little more."""
+        request = self._receiving
+        return _SLICE if request is None else _SLICE + max(0, request.length - request.received)
+
+    def _feed_rest(self) -> None:
+        data, self._rest = self._rest, b""
+        if data and self._transport is not None:
+            self._feed(data)
 
     def _parse(self, data: bytes) -> bytes:
         """Parse; give what has to be parsed anew."""
@@ -555,8 +447,6 @@ class ClientConnection:
                 self._refusal = (400, f"This is not valid HTTP/1.1: {error}")
         if self._receiving is not None:
             self._count(self._receiving, len(data))
-        if self._refusal is not None and not (self._current or self._waiting or self._slow or self._closing):
-            self._refuse(*self._refusal)
         return b""
 
     def _count(self, request: ClientRequest, size: int) -> None:
@@ -605,18 +495,21 @@ class ClientConnection:
         connection and could destroy the answer on its way.
         """
         self._discarding = True
-        if self._receiving is not None:
-            self._release(self._receiving)
-            self._receiving = None
-        self._wait(None)
-        self.owner.refused(status)
         body = error_body(status, message)
         framing = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.send(b"".join((_status_line(status), _JSON, _REFUSAL_HEADERS.get(status, b""), framing, body)))
+        request, self._receiving = self._receiving, None
+        if request is not None:
+            self._release(request)
+            if request.method == b"HEAD":
+                body = b""
+        self._wait(None)
+        self.owner.refused(status)
+        self.send(b"".join((status_line(status), _JSON, _REFUSAL_HEADERS.get(status, b""), framing, body)))
         self.flush()
         transport = self._transport
         if transport is not None and not transport.is_closing():
             if self._paused:
+                self._paused = False
                 transport.resume_reading()
             if transport.can_write_eof():
                 transport.write_eof()
@@ -628,7 +521,10 @@ class ClientConnection:
     def pause_writing(self) -> None:
         """The client does not keep up (asyncio)."""
         self._slow = True
-        self.owner.write.start(self)
+        owner = self.owner
+        owner.write.start(self)
+        if self._transport is not None:
+            owner.fell_behind(self, self._transport.get_write_buffer_size())
         if self._current is None:
             self._stop_reading()
         elif self._current.listener is not None:
@@ -638,8 +534,7 @@ class ClientConnection:
         """The client keeps up again (asyncio)."""
         self._slow = False
         self.owner.write.stop(self)
-        if self._closing or self._discarding:
-            return
+        self.owner.caught_up(self)
         if self._current is None:
             self._proceed()
         elif self._current.listener is not None:
@@ -649,13 +544,16 @@ class ClientConnection:
         """The client is gone (asyncio)."""
         self._transport = None
         self._wait(None)
-        self.owner.write.stop(self)
+        if self._slow:
+            self.owner.write.stop(self)
+            self.owner.caught_up(self)
         self.owner.left(self, self.client)
         request, self._current = self._current, None
         for one in (request, self._receiving, *(self._waiting or ())):
             if one is not None and one.held:
                 self._release(one)
         self._receiving = None
+        self._rest = b""
         if self._waiting:
             self._waiting.clear()
         if request is not None and request.listener is not None:

@@ -10,13 +10,15 @@ class Limits:
     """Sizes are bytes, times seconds.
 
     `head` bounds request line and headers together; chunk sizes, extensions and trailers may have twice that more than
-    the body they carry. `bodies` bounds what bodies over 64 KiB take together. `head_seconds` is for a whole head,
-    `body_seconds` for the time between two reads of a body and ten times that for all of it, `idle_seconds` for a
-    connection between requests, `write_seconds` for a client that takes nothing of its answer.
+    the body they carry. `bodies` bounds what bodies over 64 KiB take together, `unsent` what waits for clients that do
+    not take it. `head_seconds` is for a whole head, `body_seconds` for the time between two reads of a body and ten
+    times that for all of it, `idle_seconds` for a connection between requests, `write_seconds` for a client that takes
+    nothing of its answer.
     """
 
     body: int = 64 * 1024 * 1024
     bodies: int = 1024 * 1024 * 1024
+    unsent: int = 256 * 1024 * 1024
     head: int = 32 * 1024
     header_count: int = 128
     head_seconds: float = 15.0

@@ -2,14 +2,20 @@
 
 import asyncio
 import errno
+import logging
+import socket
 import ssl
 from collections.abc import Callable
 from typing import cast
 
 from pdrouter.deadlines import Deadlines
 from pdrouter.outbox import Outbox
-from pdrouter.server.connection import ClientConnection, ClientRequest
+from pdrouter.server.connection import ClientConnection
 from pdrouter.server.limits import Limits
+from pdrouter.server.request import ClientRequest
+
+_log = logging.getLogger(__name__)
+_SEND_BUFFER = 256 * 1024
 
 
 class ListenError(Exception):
@@ -38,6 +44,8 @@ class Listener:
         self.refused = refused
         self.unwelcome = unwelcome
         self.held = 0
+        self._behind: dict[ClientConnection, int] = {}
+        self._unsent = 0
         self.turned_away = 0
         self.limits = limits
         self.draining = False
@@ -86,6 +94,9 @@ class Listener:
             else:
                 why = error.strerror or str(error)
             raise ListenError(f"cannot listen on {host}:{port}: {why}") from None
+        for one in self._server.sockets:
+            # Connections inherit it. The kernel would take up to 4 MB for each client that reads too slowly.
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
     @property
     def port(self) -> int:
@@ -120,6 +131,22 @@ class Listener:
             self._of_client[client] = of_client
         if not self._connections:
             self._empty.set()
+
+    def fell_behind(self, connection: ClientConnection, waiting: int) -> None:
+        """A client does not keep up; while too much waits for such clients, the one that most waits for is cut."""
+        self._behind[connection] = waiting
+        self._unsent += waiting
+        behind = self._behind
+        while self._unsent > self.limits.unsent:
+            worst = max(behind, key=behind.__getitem__)
+            most = behind[worst]
+            self.caught_up(worst)
+            _log.warning("client=%s cut with %d bytes of its answer: clients take too little", worst.client, most)
+            worst.abort()
+
+    def caught_up(self, connection: ClientConnection) -> None:
+        """A client keeps up again, or is gone; nothing happens when it kept up."""
+        self._unsent -= self._behind.pop(connection, 0)
 
     async def drain(self, seconds: float) -> int:
         """Accept no more, let requests finish for some time; give how many connections had to be cut."""

@@ -25,8 +25,8 @@ from pdrouter.openai.features import Prompt
 from pdrouter.openai.legs import encoded
 from pdrouter.openai.routing_key import KeySources, bytes_key
 from pdrouter.policies import RoutingKey
-from pdrouter.server.connection import ClientRequest
 from pdrouter.server.headers import budget, forwarded, request_id
+from pdrouter.server.request import ClientRequest
 from pdrouter.settings import Settings
 
 GENERATIONS = frozenset((COMPLETIONS, CHAT))
