@@ -72,7 +72,13 @@ class EngineEventError(UpstreamError):
             code = orjson.loads(self.event)["error"]["code"]
         except (orjson.JSONDecodeError, KeyError, TypeError):
             return 500
-        return code if isinstance(code, int) else 500
+        return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+
+class OtherStreamError(UpstreamError):
+    """The engine was to go on with another's stream, and generated something else than that one had."""
+
+    reason = "not_continued"
 
 
 class Greeting:
@@ -230,14 +236,16 @@ class DecodeLeg:
         stream = self._stream
         assert stream is not None
         told = stream.feed(data)
+        if stream.begun and not self._began:
+            self._begin()
         if told:
-            if not self._began:
-                self._begin()
             if self._learns:
                 self._learn(told)
             else:
                 self._passed(told)
-        if stream.error is not None:
+        if stream.differs is not None:
+            self._handoff.decode_failed(self.engine, OtherStreamError(f"{self.engine.url}: {stream.differs}"))
+        elif stream.error is not None:
             message = f"{self.engine.url} ended its stream with an error"
             self._handoff.decode_failed(self.engine, EngineEventError(message, stream.error))
 

@@ -27,7 +27,15 @@ from typing import Any, Protocol
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.handoff.desk import Desk
 from pdrouter.handoff.failure import Failure, engine_failure, leg_failure
-from pdrouter.handoff.legs import LARGEST, DecodeLeg, EngineEventError, Greeting, Handoff, PrefillLeg
+from pdrouter.handoff.legs import (
+    LARGEST,
+    DecodeLeg,
+    EngineEventError,
+    Greeting,
+    Handoff,
+    OtherStreamError,
+    PrefillLeg,
+)
 from pdrouter.handoff.retries import EACH
 from pdrouter.handoff.stream import CannotGoOnError, Stream
 from pdrouter.handoff.ticket import Cause, Ticket, TicketError, read_ticket
@@ -355,11 +363,12 @@ class Pair(Handoff):
 
     def _tells_ids(self) -> bool:
         """Begin to follow a stream that could go on elsewhere; tell whether ids must be asked for."""
-        if not self._streams or not self._desk.continues or self._stream is not None:
-            return False
-        if (IDS_FIELD in self._body and self._body[IDS_FIELD] is not True) or why_not(self._path, self._body):
-            return False
-        self._stream = Stream(self._path, self._body)
+        if self._stream is None:
+            if not self._streams or not self._desk.continues:
+                return False
+            if (IDS_FIELD in self._body and self._body[IDS_FIELD] is not True) or why_not(self._path, self._body):
+                return False
+            self._stream = Stream(self._path, self._body)
         return IDS_FIELD not in self._body
 
     def _decode_alone(self, decode: Engine, reason: str) -> None:
@@ -378,7 +387,7 @@ class Pair(Handoff):
         if self._record.decode_sent_at is None:
             self._record.decode_sent_at = perf_counter()
         if self._stream is not None:
-            self._stream.another()
+            self._stream.attempt()
         leg = DecodeLeg(self, decode, self._stream, not self._streams, desk.learns(Role.DECODE))
         call = desk.pool.call(decode, request, leg, perishable=ticket, held=desk.needs(self._asked), queued=queued)
         self._call = call
@@ -429,6 +438,9 @@ class Pair(Handoff):
         if isinstance(error, TooLateError):
             self._expired()
             return
+        if isinstance(error, OtherStreamError):
+            self._not_continued(error)
+            return
         if isinstance(error, EngineEventError):
             self._desk.fleet.ended(engine, error.status)
             failure = Failure(error.status, error.event, Role.DECODE, f"status_{error.status}")
@@ -476,8 +488,7 @@ class Pair(Handoff):
         try:
             told = stream.go_on(self._desk.longest_context())
         except CannotGoOnError as error:
-            message = f"The stream broke off at {engine.url} and cannot go on elsewhere: {error}."
-            self._settle_failed(leg_failure(502, Role.DECODE, "not_continued", message))
+            self._not_continued(error)
             return
         if isinstance(told, bytes):
             self.state = State.SETTLED
@@ -493,6 +504,10 @@ class Pair(Handoff):
         if self._path == CHAT:
             self._way.at(COMPLETIONS.encode())
         self._again(engine, failure)
+
+    def _not_continued(self, why: Exception) -> None:
+        message = f"The stream broke off and cannot go on at another engine: {why}."
+        self._settle_failed(leg_failure(502, Role.DECODE, "not_continued", message))
 
     def _expired(self) -> None:
         """The ticket's time is over before decode could have it: prefill again, at the same engine for its cache."""

@@ -16,6 +16,7 @@ DONE = b"data: [DONE]\n\n"
 _IDS = b'"token_ids":['
 _PROMPT_IDS = b'"prompt_token_ids":['
 _ERROR = b'data: {"error":'
+_PARSED = ("reasoning", "reasoning_content", "tool_calls")
 _RECENT = 48  # events; more than stop strings and incomplete characters make text lag behind
 
 
@@ -32,7 +33,7 @@ class Stream:
 
     __slots__ = (
         "_body", "_continuous", "_cut_prompt", "_first", "_generated", "_held", "_keeps_ids", "_path", "_prompt",
-        "_recent", "_rest", "_rewrite", "_usage_told", "_whole", "begun", "complete", "error",
+        "_recent", "_rest", "_rewrite", "_usage_told", "_whole", "begun", "complete", "differs", "error",
     )  # fmt: skip
 
     def __init__(self, path: str, body: Mapping[str, Any]) -> None:
@@ -43,6 +44,7 @@ class Stream:
             body: its JSON, which asks for a stream of one choice.
         """
         self.error: bytes | None = None
+        self.differs: str | None = None
         self.begun = False
         self.complete = False
         self._path = path
@@ -66,25 +68,27 @@ class Stream:
         """How many tokens were told."""
         return self._generated.count(b",")
 
-    def another(self) -> None:
-        """Another engine is going to answer: forget what the last one left unfinished."""
+    def attempt(self) -> None:
+        """An engine is asked: what the one before left unfinished does not count. `begun` tells when this one began."""
         self._rest = b""
         self.error = None
+        self.begun = False
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes of an engine's answer; give what goes to the client, whole events only.
 
-        After an error event `error` is set and what follows is dropped.
+        After an error event `error` is set, after a continuation that contradicts what the client has `differs`; what
+        follows is dropped.
         """
         if self._rest:
             data = self._rest + data
             self._rest = b""
-        end = data.rfind(b"\n\n") + 2
-        if end != len(data):
-            if end == 1:
+        if not data.endswith(b"\n\n"):
+            end = data.rfind(b"\n\n")
+            if end < 0:
                 self._rest = data
                 return b""
-            self._rest, data = data[end:], data[:end]
+            self._rest, data = data[end + 2 :], data[: end + 2]
         at = data.find(_ERROR)
         if at >= 0:
             self.error = data[at + 6 : data.find(b"\n\n", at)]
@@ -153,7 +157,7 @@ class Stream:
                     told.append(said)
                     choice = chunk["choices"][0]
                     delta = choice.get("delta")
-                    if isinstance(delta, dict) and (delta.get("reasoning") or delta.get("tool_calls")):
+                    if isinstance(delta, dict) and any(delta.get(name) for name in _PARSED):
                         raise CannotGoOnError("the engine parses reasoning or tools out of the text")
         return told
 
@@ -177,17 +181,23 @@ class Stream:
             return self._end(len(prompt), len(generated))
         if self._held < 0:
             self._held = held_back(self._body)
-        start = cut(recent, len(generated), self._held, self._whole)
+        # Of a continuation that broke off before it had told anything new, the client has more than is in `recent`.
+        unsaid, untold = ("", []) if self._rewrite is None else self._rewrite.left()
+        start = cut(recent, len(generated), self._held, self._whole, unsaid)
         if start is None:
             raise CannotGoOnError("its text lags too far behind its tokens")
-        generated = generated[: start.tokens]
-        body = continued_body(self._path, self._body, prompt, generated, room)
+        body = continued_body(self._path, self._body, prompt, generated[: start.tokens], room)
         if body is None or self._first is None:
-            raise CannotGoOnError("nothing is left to generate")
-        self._generated = bytearray(b"".join([b"%d," % one for one in generated]))
+            raise CannotGoOnError("how many tokens it may still have is not known")
+        told = generated[start.tokens :] + untold
+        self._generated = bytearray(b"".join([b"%d," % one for one in generated[: start.tokens]]))
+        recent = [*recent[: start.events], Told(0, start.unsent, None, False)]
         self._whole = self._whole and len(recent) <= _RECENT
         self._recent = deque(recent, maxlen=_RECENT)
-        self._rewrite = Rest(self._path, self._first, start, len(prompt), self._keeps_ids, self._continuous)
+        shows_ids = self._keeps_ids or self._body.get("logprobs") is not None
+        self._rewrite = Rest(
+            self._path, self._first, start, len(prompt), told, shows_ids, self._keeps_ids, self._continuous
+        )
         return body
 
     def _end(self, prompt: int, generated: int) -> bytes:
@@ -207,10 +217,15 @@ class Stream:
                 self.complete = True
                 out.append(DONE)
             elif event.startswith(b"data: {"):
-                chunk = orjson.loads(event[6:])
-                told, ids, said = self._rewrite.chunk(chunk)
+                try:
+                    told, ids, said = self._rewrite.chunk(orjson.loads(event[6:]))
+                except (ValueError, KeyError, TypeError) as error:
+                    self.differs = str(error)
+                    break
                 out.append(told)
                 self._generated += b"".join([b"%d," % one for one in ids])
-                if said is not None:
+                if said is None:
+                    self._usage_told = True
+                else:
                     self._keep(said)
         return b"".join(out)

@@ -25,10 +25,15 @@ _CHAT_ONLY = (
     "chat_template", "chat_template_kwargs", "documents", "tool_choice", "parallel_tool_calls", "reasoning_effort",
     "include_reasoning", "mm_processor_kwargs",
 )  # fmt: skip
+_DROPPED = ("echo", "truncate_prompt_tokens")  # the prompt's ids are what was left of it
 _STATEFUL = (
     "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
     "structural_tag", "tools", "functions", "bad_words", "logits_processors", "thinking_token_budget",
 )  # fmt: skip
+
+# vLLM takes more spellings (`"max_tokens": "8"`); these are reckoned with here, so they must be what they seem.
+_NUMBERS = ("max_tokens", "max_completion_tokens", "min_tokens")
+_FLAGS = ("include_stop_str_in_output", IDS_FIELD)
 
 
 def why_not(path: str, body: Mapping[str, Any]) -> str | None:
@@ -38,8 +43,12 @@ def why_not(path: str, body: Mapping[str, Any]) -> str | None:
     and cannot be handed in. Several choices are several generations. Log-probabilities of a conversation have bytes
     that those of a completion lack. Pictures are no token ids.
     """
-    if isinstance(body.get("n"), int) and body["n"] > 1:
+    if body.get("n") not in (None, 1):
         return "n"
+    if not all(isinstance(body.get(name), int | None) for name in _NUMBERS) or not all(
+        isinstance(body.get(name), bool | None) for name in _FLAGS
+    ):
+        return "odd_types"
     for name in _STATEFUL:
         value = body.get(name)
         if value and not (isinstance(value, dict) and value.get("type") == "text"):
@@ -100,17 +109,24 @@ def told_by(chunk: Mapping[str, Any]) -> Told | None:
 
 
 class Cut:
-    """Where a continuation begins: after how many generated tokens, and which text it will repeat."""
+    """Where a continuation begins.
 
-    __slots__ = ("offset", "repeats", "tokens")
+    After `tokens` generated tokens, told by the first `events` of the recent events; it will repeat `repeats`, which
+    the client has. `unsent` is text of those tokens that was told by later events because of stop strings. `offset` is
+    where log-probabilities' offsets go on.
+    """
 
-    def __init__(self, tokens: int, repeats: str, offset: int) -> None:
+    __slots__ = ("events", "offset", "repeats", "tokens", "unsent")
+
+    def __init__(self, tokens: int, events: int, unsent: str, repeats: str, offset: int) -> None:
         self.tokens = tokens
+        self.events = events
+        self.unsent = unsent
         self.repeats = repeats
         self.offset = offset
 
 
-def cut(recent: Sequence[Told], generated: int, held: int, whole: bool) -> Cut | None:
+def cut(recent: Sequence[Told], generated: int, held: int, whole: bool, unsaid: str = "") -> Cut | None:
     """Find where to begin.
 
     Args:
@@ -118,24 +134,26 @@ def cut(recent: Sequence[Told], generated: int, held: int, whole: bool) -> Cut |
         generated: how many ids there are in all.
         held: characters by which text lags (`held_back`).
         whole: whether `recent` is the whole stream.
+        unsaid: what the client has beyond the text of `recent`.
 
     Returns:
         None when the place lies before `recent`.
     """
-    after = ""
+    after = unsaid
     tokens = generated
-    for told in reversed(recent):
+    for number in range(len(recent) - 1, -1, -1):
+        told = recent[number]
         if told.text and told.ids == 1 and len(after) >= held:
-            return Cut(tokens, after[held:], told.offset or 0)
+            return Cut(tokens, number + 1, after[:held], after[held:], told.offset or 0)
         tokens -= told.ids
         after = told.text + after
-    return Cut(0, after, 0) if whole else None
+    return Cut(0, 0, "", after, 0) if whole else None
 
 
 def continued_body(
     path: str, body: Mapping[str, Any], prompt: Sequence[int], generated: Sequence[int], room: int | None
 ) -> dict[str, Any] | None:
-    """Give the completion that goes on; None when nothing is left to generate.
+    """Give the completion that goes on; None when nobody knows how much is left to generate.
 
     Args:
         path: of the first request.
@@ -147,20 +165,19 @@ def continued_body(
     limit = body.get("max_tokens")
     if path == CHAT:
         limit = body.get("max_completion_tokens") or limit
+        if limit is None and room is not None:
+            limit = room - len(prompt)
     elif limit is None:
         limit = 16
-    if not isinstance(limit, int):
-        limit = None if room is None else room - len(prompt)
-    told = {name: value for name, value in body.items() if path != CHAT or name not in _CHAT_ONLY}
+    if limit is None or limit <= len(generated):
+        return None
+    told = {
+        name: value for name, value in body.items() if name not in _DROPPED and (path != CHAT or name not in _CHAT_ONLY)
+    }
     told["prompt"] = [*prompt, *generated]
-    if limit is not None:
-        if limit <= len(generated):
-            return None
-        told["max_tokens"] = limit - len(generated)
-    least = body.get("min_tokens")
-    if isinstance(least, int):
-        told["min_tokens"] = max(0, least - len(generated))
-    told.pop("echo", None)
+    told["max_tokens"] = limit - len(generated)
+    if body.get("min_tokens"):
+        told["min_tokens"] = max(0, body["min_tokens"] - len(generated))
     if path == CHAT:
         told.pop("logprobs", None)
     told["stream"] = True
@@ -172,8 +189,9 @@ class Rest:
     """Turns the chunks of a continuation into the rest of the stream that its client knows."""
 
     def __init__(
-        self, path: str, first: Mapping[str, Any], start: Cut, prompt: int, keeps_ids: bool, continuous: bool
-    ) -> None:
+        self, path: str, first: Mapping[str, Any], start: Cut, prompt: int, told: Sequence[int], shows_ids: bool,
+        keeps_ids: bool, continuous: bool,
+    ) -> None:  # fmt: skip
         """Prepare.
 
         Args:
@@ -181,6 +199,8 @@ class Rest:
             first: a chunk of the first stream: id, time and model are its.
             start: where the continuation began.
             prompt: tokens of the client's prompt.
+            told: the ids after that place that were told already.
+            shows_ids: whether the client has seen what they are, by ids or log-probabilities.
             keeps_ids: whether the client asked for ids.
             continuous: whether each chunk tells usage.
         """
@@ -188,9 +208,15 @@ class Rest:
         self._first = first
         self._start = start
         self._prompt = prompt
+        self._told = list(told)
+        self._shows_ids = shows_ids
         self._keeps_ids = keeps_ids
         self._continuous = continuous
         self._repeats = start.repeats
+
+    def left(self) -> tuple[str, list[int]]:
+        """Give text and ids that the client has and that were not repeated yet."""
+        return self._repeats, self._told
 
     def usage(self, told: Mapping[str, Any]) -> dict[str, Any]:
         """Count what was generated before as generated and not as prompt."""
@@ -215,20 +241,30 @@ class Rest:
                 told["system_fingerprint"] = chunk["system_fingerprint"]
             return _event(told), [], None
         choice = choices[0]
-        ids = choice.get("token_ids") or []
-        text = self._new(choice.get("text") or "")
-        finish = choice.get("finish_reason")
         said = told_by(chunk)
         assert said is not None
-        offset = None if said.offset is None else said.offset + self._start.offset
-        if not text and finish is None and not (self._keeps_ids and not self._repeats):
-            return b"", ids, Told(len(ids), "", offset, False)
-        told["choices"] = [self._choice(choice, text, ids)]
+        if said.offset is not None:
+            said.offset += self._start.offset
+        ids = choice.get("token_ids") or []
+        repeated = self._repeated(ids)
+        text = self._new(said.text)
+        if not text and not said.finish and repeated == len(ids):
+            return b"", ids, said
+        told["choices"] = [self._choice(choice, text, ids, repeated)]
         if usage is not None and self._continuous:
             told["usage"] = self.usage(usage)
         if "system_fingerprint" in chunk:
             told["system_fingerprint"] = chunk["system_fingerprint"]
-        return _event(told), ids, Told(len(ids), text, offset, finish is not None)
+        return _event(told), ids, said
+
+    def _repeated(self, ids: list[int]) -> int:
+        """Count the ids that were told already."""
+        count = min(len(self._told), len(ids))
+        if count:
+            if self._shows_ids and self._told[:count] != ids[:count]:
+                raise ValueError("the other engine generated other tokens")
+            self._told = self._told[count:]
+        return count
 
     def _new(self, text: str) -> str:
         if not self._repeats:
@@ -239,8 +275,8 @@ class Rest:
         self._repeats = self._repeats[common:]
         return text[common:]
 
-    def _choice(self, choice: Mapping[str, Any], text: str, ids: list[int]) -> dict[str, Any]:
-        shown = ids if self._keeps_ids else None
+    def _choice(self, choice: Mapping[str, Any], text: str, ids: list[int], repeated: int) -> dict[str, Any]:
+        shown = ids[repeated:] if self._keeps_ids else None
         finish = choice.get("finish_reason")
         if self._chat:
             told = {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": finish}
@@ -252,8 +288,14 @@ class Rest:
         if "prompt_token_ids" in kept:
             kept["prompt_token_ids"] = None
         logprobs = kept.get("logprobs")
-        if isinstance(logprobs, dict) and logprobs.get("text_offset"):
-            kept["logprobs"] = logprobs | {"text_offset": [at + self._start.offset for at in logprobs["text_offset"]]}
+        if isinstance(logprobs, dict):
+            kept["logprobs"] = self._logprobs(logprobs, repeated)
+        return kept
+
+    def _logprobs(self, logprobs: Mapping[str, Any], repeated: int) -> dict[str, Any]:
+        kept = {name: told[repeated:] if isinstance(told, list) else told for name, told in logprobs.items()}
+        if kept.get("text_offset"):
+            kept["text_offset"] = [at + self._start.offset for at in kept["text_offset"]]
         return kept
 
 
