@@ -6,7 +6,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from pdrouter.deadlines import Deadlines
 from pdrouter.outbox import Outbox
@@ -58,7 +58,7 @@ class Listener:
         self._connections: set[ClientConnection] = set()
         self._of_client: dict[str, int] = {}
         self._crowd: set[ClientConnection] = set()
-        self._server: asyncio.Server | None = None
+        self._server: Any = None  # asyncio's or uvloop's server: their sockets are of different types
         self._empty = asyncio.Event()
 
     async def listen(
