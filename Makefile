@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools charts demo test lint fmt bench bench-router compiled referee docs clean
+.PHONY: help setup tools charts demo test lint fmt bench bench-router compiled chaos churn referee docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,12 @@ compiled: setup ## The router compiled by mypyc, in .build/router (half a minute
 
 bench-router: setup ## CPU, latency and memory of the router beside vllm-router and nginx (10 minutes; REPORT=docs/performance.md writes the table there)
 	@$(BIN)/python bench/router/run.py $(if $(REPORT),--report $(REPORT))
+
+chaos: setup ## Five minutes of faults under load, every text compared (CHAOS_SEED=N for another order, CHAOS_SECONDS for another time)
+	@CHAOS_SECONDS=$${CHAOS_SECONDS:-300} $(BIN)/pytest -q -s --timeout=1800 tests/chaos/test_schedule.py
+
+churn: compiled ## A day's coming and going of engines, clients and workers in ten minutes: does anything leak?
+	@$(BIN)/python bench/router/churn.py
 
 referee: setup ## Judge the router and others by pd-referee; writes docs/referee.md (10 minutes; ROUTERS="ours toy" for some)
 	@$(BIN)/python scripts/referee.py $(ROUTERS)

@@ -56,7 +56,7 @@ PROBES = 3  # connections to an engine that its probes may keep: health, models,
 GROWTH = 8.0
 GAUGES = (
     "pd_router_in_flight", "pd_router_queued_tokens", "pd_router_held_tokens", "pd_router_requests_running",
-    "pd_router_requests_queued",
+    "pd_router_requests_queued", "pd_router_requests_waiting", "pd_router_tickets", "pd_router_pinned_kv_tokens",
 )  # fmt: skip
 _NONSENSE = (
     b"GARBAGE\r\n\r\n",
@@ -154,7 +154,9 @@ class Engine:
             usage = {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12}
             choices = [{"index": 0, "text": "x"}]
             told: dict[str, object] = {"id": "c", "model": "tiny", "choices": choices, "usage": usage}
-            if (body.get("kv_transfer_params") or {}).get("do_remote_decode"):
+            if body.get("min_tokens", 0) > body.get("max_tokens", 16):  # how the router gives a ticket back
+                self._send(writer, 400, b'{"error":{"message":"min_tokens"}}')
+            elif (body.get("kv_transfer_params") or {}).get("do_remote_decode"):
                 await asyncio.sleep(self._draw.random() * 0.03)
                 ticket = {
                     "do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [1], "tp_size": 1,
