@@ -66,7 +66,7 @@ class Relay(Delivery):
             self._held.append(data)
             return
         self._before = self._last
-        self._last = data
+        self._last = data if len(data) <= _TAIL else data[-_TAIL:]  # a slow client's come by the hundred kilobytes
         self._write(data)
 
     def end(self) -> None:
@@ -74,7 +74,7 @@ class Relay(Delivery):
         if self.settled:
             return
         if self._held is None:
-            usage = told_usage(self._before[-_TAIL:] + self._last[-_TAIL:])
+            usage = told_usage(self._before + self._last)
         else:
             whole = self._held[0] if len(self._held) == 1 else b"".join(self._held)
             usage = told_usage(whole[-_TAIL:])

@@ -18,6 +18,7 @@ _PROMPT_IDS = b'"prompt_token_ids":['
 _ERROR = b'data: {"error":'
 _PARSED = ("reasoning", "reasoning_content", "tool_calls")
 _RECENT = 48  # events; more than stop strings and incomplete characters make text lag behind
+_RECENT_BYTES = 65536  # of all of them: a slow client's events come hundreds at a time
 
 
 class CannotGoOnError(Exception):
@@ -33,7 +34,8 @@ class Stream:
 
     __slots__ = (
         "_body", "_continuous", "_cut_prompt", "_first", "_generated", "_held", "_keeps_ids", "_path", "_prompt",
-        "_recent", "_rest", "_rewrite", "_usage_told", "_whole", "begun", "complete", "differs", "error",
+        "_recent", "_recent_bytes", "_rest", "_rewrite", "_usage_told", "_whole", "begun", "complete", "differs",
+        "error",
     )  # fmt: skip
 
     def __init__(self, path: str, body: Mapping[str, Any]) -> None:
@@ -56,7 +58,8 @@ class Stream:
         self._prompt: bytes | None = None
         self._cut_prompt = False
         self._generated = bytearray()
-        self._recent: deque[bytes | Told] = deque(maxlen=_RECENT)
+        self._recent: deque[bytes | Told] = deque()
+        self._recent_bytes = 0
         self._whole = True
         self._rest = b""
         self._first: dict[str, Any] | None = None
@@ -117,10 +120,27 @@ class Stream:
 
     def _keep(self, one: bytes | Told) -> None:
         recent = self._recent
-        if len(recent) == _RECENT:
-            self._whole = False
+        if isinstance(one, bytes):
+            if len(one) > _RECENT_BYTES:
+                one = self._last_events(one)
+            self._recent_bytes += len(one)
         recent.append(one)
+        while len(recent) > _RECENT or (self._recent_bytes > _RECENT_BYTES and len(recent) > 1):
+            gone = recent.popleft()
+            if isinstance(gone, bytes):
+                self._recent_bytes -= len(gone)
+            self._whole = False
         self.begun = True
+
+    def _last_events(self, data: bytes) -> bytes:
+        """Give the last events of many; one at least, however long it is."""
+        at = data.find(b"\n\n", len(data) - _RECENT_BYTES) + 2
+        if at == len(data):
+            at = data.rfind(b"\n\n", 0, len(data) - 2) + 2
+        if at > 1:
+            self._whole = False
+            return data[at:]
+        return data
 
     def _without_prompt(self, data: bytes) -> bytes:
         at = data.find(_PROMPT_IDS)
@@ -193,7 +213,8 @@ class Stream:
         self._generated = bytearray(b"".join([b"%d," % one for one in generated[: start.tokens]]))
         recent = [*recent[: start.events], Told(0, start.unsent, None, False)]
         self._whole = self._whole and len(recent) <= _RECENT
-        self._recent = deque(recent, maxlen=_RECENT)
+        self._recent = deque(recent[-_RECENT:])
+        self._recent_bytes = 0
         shows_ids = self._keeps_ids or self._body.get("logprobs") is not None
         self._rewrite = Rest(
             self._path, self._first, start, len(prompt), told, shows_ids, self._keeps_ids, self._continuous

@@ -1,0 +1,50 @@
+"""What is kept of a stream so that another engine could go on with it."""
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from pdrouter.handoff.stream import Stream
+
+
+def events(count: int, text: int = 3, first: int = 0) -> list[bytes]:
+    """Events as vLLM tells them with token ids."""
+    told = []
+    for number in range(first, first + count):
+        choice: dict[str, Any] = {"index": 0, "text": "x" * text, "token_ids": [number], "finish_reason": None}
+        if number == 0:
+            choice["prompt_token_ids"] = [7, 8, 9]
+        body = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "tiny", "choices": [choice]}
+        told.append(b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n")
+    return told
+
+
+def fed(pieces: list[bytes]) -> Stream:
+    stream = Stream("/v1/completions", {"prompt": "abc", "stream": True, "max_tokens": 100_000})
+    for piece in pieces:
+        stream.feed(piece)
+    return stream
+
+
+@pytest.mark.parametrize(("count", "text"), [(10, 3), (3000, 3), (60, 3000), (5, 100_000)])
+@pytest.mark.parametrize("at_once", [1, 7, 100, 3000])
+def test_a_stream_goes_on_alike_however_many_events_come_at_once(count: int, text: int, at_once: int):
+    each = events(count, text)
+    one_by_one = fed(each).go_on(None)
+    assert isinstance(one_by_one, dict)
+    assert one_by_one["prompt"] == [7, 8, 9, *range(count)]
+    assert fed([b"".join(each[at : at + at_once]) for at in range(0, count, at_once)]).go_on(None) == one_by_one
+
+
+def test_of_a_slow_clients_stream_little_is_kept():
+    """Its events come hundreds at a time: as much as one read takes."""
+    stream = Stream("/v1/completions", {"prompt": "abc", "stream": True})
+    number = 0
+    for _ in range(200):
+        stream.feed(b"".join(events(1000, 50, number)))
+        number += 1000
+    kept = [one for one in stream._recent if isinstance(one, bytes)]
+    assert sum(sys.getsizeof(one) for one in kept) < 100_000
+    assert stream.generated == number
