@@ -1,6 +1,7 @@
 """Faults that hold for one pair of engines, and what an engine keeps of the requests it got."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -14,7 +15,7 @@ SIDE_PORT = 5600
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[dict[str, Process]]:
-    fast = ("--speed", "20")
+    fast = ("--speed", "20", "--kv-lease-duration", "600")
     made = {
         "near": engine("prefill", *fast), "far": engine("prefill", *fast), "plain": engine("both", *fast),
         "strict": engine("decode", *fast, "--kv-load-failure-policy", "fail"),
@@ -111,3 +112,24 @@ def test_a_chat_prefill_leg_that_is_limited_by_max_completion_tokens_alone_break
     assert engines["near"].get("/sim/violations") == []
     engines["near"].post("/sim/fault", {"kind": "expire_leases"})
     until(lambda: engines["near"].get("/sim/state")["tickets"] == 0, 2, "the ticket is gone")
+
+
+def test_a_late_answer_comes_after_the_engine_has_finished_and_nothing_changes_when_its_client_leaves_before(
+    engines: dict[str, Process],
+) -> None:
+    near = engines["near"]
+    near.post("/sim/fault", {"kind": "expire_leases"})
+    near.post("/sim/fault", {"kind": "late_answer", "seconds": 30})
+    body = completion(fresh(), max_tokens=1, kv_transfer_params=WANT_TICKET)
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(near.post, COMPLETIONS, body, timeout=3)
+        until(lambda: near.get("/sim/state")["tickets"] == 1, 2.5, "prefill is done")
+        assert near.get("/sim/state")["running"] == 0
+        assert not leaving.done()
+        with pytest.raises(httpx.ReadTimeout):
+            leaving.result()
+    assert near.get("/sim/state")["tickets"] == 1, "nobody has the ticket, and the KV is pinned for it"
+    near.post("/sim/fault", {"kind": "none"})
+    near.post("/sim/fault", {"kind": "expire_leases"})
+    answer, right = handed(engines, "near", "strict")
+    assert text_of(answer) == right

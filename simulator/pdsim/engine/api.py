@@ -112,6 +112,7 @@ class Api:
         self.requests = Requests(settings.keep_requests)
         self._status_faults: list[int] = []
         self._break_after: list[tuple[int, bool]] = []
+        self._late = 0.0
 
     def application(self) -> ASGIApp:
         """Give the ASGI application."""
@@ -285,6 +286,8 @@ class Api:
                     await work
                 return Response(status_code=499)
             await work
+            if self._late:  # a client that leaves now changes nothing: the engine core has finished
+                await asyncio.wait({watch}, timeout=self._late)
         except (EngineDeadError, RequestFailedError) as error:
             for sequence in sequences:
                 self.engine.abort(sequence)
@@ -501,12 +504,15 @@ class Api:
                 engine.expire(float("inf"))
             case FaultKind.DROP_REMOTE_REQUEST_ID:
                 engine.drop_remote_request_id = fault.count
+            case FaultKind.LATE_ANSWER:
+                self._late = fault.seconds
             case FaultKind.EDGE:
                 engine.broken_edges.add((fault.host, fault.port))
             case FaultKind.NONE:
                 engine.slowdown = 1.0
                 engine.drop_remote_request_id = 0
                 engine.broken_edges.clear()
+                self._late = 0.0
                 self._status_faults, self._break_after = [], []
                 engine.resume()
 

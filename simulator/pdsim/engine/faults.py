@@ -18,6 +18,7 @@ class FaultKind(StrEnum):
     )
     EXPIRE_LEASES = "expire_leases"  # every lease of this engine ends now
     DROP_REMOTE_REQUEST_ID = "drop_remote_request_id"  # the next `count` tickets lack it
+    LATE_ANSWER = "late_answer"  # whole answers go out `seconds` after the engine core has finished them
     EDGE = "edge"  # this engine no longer reaches the side channel at `host`:`port`; both ends are well otherwise
     NONE = "none"  # all faults end
 

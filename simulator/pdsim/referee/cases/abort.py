@@ -50,6 +50,17 @@ async def leave_between_legs(bench: Bench) -> str:
 
 
 @abort.case(own_only=RELEASES)
+async def leave_as_prefill_ends(bench: Bench) -> str:
+    """When the client leaves in the moment between prefill's end and its answer, the KV is free within 5 s."""
+    for engine in bench.fleet.prefills:
+        await engine.fault("late_answer", seconds=1.5)
+    async with _asking(bench, bench.completion()):
+        await bench.eventually(bench.tickets, "prefill is done")
+    await bench.all_let_go()
+    return "nothing left pinned"
+
+
+@abort.case(own_only=RELEASES)
 async def release_after_failure(bench: Bench) -> str:
     """A request that decode engines refuse leaves no KV pinned once it has ended and they are well again."""
     for engine in bench.fleet.decodes:
@@ -87,7 +98,7 @@ async def leave_whole_answer(bench: Bench) -> str:
 
 @abort.case()
 async def leave_many(bench: Bench) -> str:
-    """After 40 clients have left at all stages the router serves on, and nothing is left."""
+    """After 40 clients have left at all stages no engine works for them, and the router serves on."""
     await bench.slow_decodes(100)
 
     async def leaving(number: int) -> None:
@@ -95,8 +106,12 @@ async def leave_many(bench: Bench) -> str:
             await asyncio.sleep(0.01 * number)
 
     await asyncio.gather(*map(leaving, range(40)))
-    await bench.all_let_go()
+
+    async def nobody_works() -> bool:
+        return not await bench.busy(bench.fleet.engines)
+
+    await bench.eventually(nobody_works, "no engine works any longer")
     for engine in bench.fleet.decodes:
         await engine.fault("none")
     await bench.all_right([bench.completion() for _ in range(8)])
-    return "nothing left of 40 requests, 8 of 8 afterwards right"
+    return "no engine works for them, 8 of 8 afterwards right"

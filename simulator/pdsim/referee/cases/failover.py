@@ -157,7 +157,7 @@ async def ticket_without_request_id(bench: Bench) -> str:
     return "4 of 4 requests right, all decode engines alive"
 
 
-@failover.case(plan=Plan(2, 2, lease_seconds=6.0, prefill_blocks=8), limit=40)
+@failover.case(plan=Plan(2, 2, lease_seconds=3.5, prefill_blocks=8), limit=40)
 async def expired_lease(bench: Bench) -> str:
     """A ticket whose lease ran out before a decode engine read it becomes no wrong text, now or later."""
     body = bench.completion(bench.prompt(300), stream=True)  # a stream's head comes when the engine has it
