@@ -20,8 +20,8 @@ class Engine:
     model name that the engine serves to what it loads (vLLM's `root`): aliases of one model share it, an adapter has
     its own. Empty until the engine was asked. `failures` counts legs that failed in a row (`pdrouter.fleet.breaker`),
     `answered` and `failed` all legs. `cached` and `uncached` add up the tokens of the prompts it was given, as the
-    policy predicted. `heard` counts reads from its connections. What `group` says tells which engines can exchange KV
-    blocks (`Fleet.compatible`).
+    policy predicted. `heard` counts reads from its connections, `told` those that were answers to clients. What `group`
+    says tells which engines can exchange KV blocks (`Fleet.compatible`).
 
     The load row: `in_flight`, `queued_tokens` and `held_tokens` are what this process gave it to do, `elsewhere` what
     the router's other processes did (`pdrouter.fleet.rows`), `waiting`, `running` and `kv_usage` what its metrics said
@@ -31,8 +31,8 @@ class Engine:
     __slots__ = (
         "answered", "authority", "block_size", "cached", "elsewhere", "failed", "failures", "group", "healthy", "heard",
         "host", "kv_tokens", "kv_usage", "leaving", "longest_context", "models", "name", "own_coming", "own_held",
-        "own_in_flight", "own_pinned", "own_queued", "port", "role", "running", "scraped_at", "uncached", "url",
-        "version", "waiting",
+        "own_in_flight", "own_pinned", "own_queued", "port", "role", "running", "scraped_at", "told", "uncached",
+        "url", "version", "waiting",
     )  # fmt: skip
 
     def __init__(self, url: str, role: Role, name: str | None = None) -> None:
@@ -51,7 +51,7 @@ class Engine:
         self.own_in_flight = self.own_queued = self.own_held = self.own_coming = self.own_pinned = 0
         self.elsewhere = (0, 0, 0, 0)
         self.waiting = self.running = self.kv_usage = 0.0
-        self.kv_tokens = self.block_size = self.longest_context = self.heard = 0
+        self.kv_tokens = self.block_size = self.longest_context = self.heard = self.told = 0
         self.version = self.group = ""
         self.scraped_at = -inf
 

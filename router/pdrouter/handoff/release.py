@@ -86,13 +86,14 @@ class Release:
     def give_back(self, ticket: Ticket, model: object, cause: Cause) -> None:
         """Have a ticket's blocks freed; the ledger hears of it when a decode engine has refused them."""
         ticket.handed = False
-        if not self._fleet.may_serve(ticket.prefill):
+        prefill = ticket.prefill
+        if not prefill.healthy:
             self.ledger.settle(ticket, cause)
             return
-        prefill = ticket.prefill
         engines: list[Engine] = [
-            one for one in self._fleet.healthy(Role.DECODE) if not self._edges.closed(prefill, one)
-        ]
+            one for one in self._fleet.healthy(Role.DECODE)
+            if not self._edges.closed(prefill, one) and self._fleet.compatible(prefill, one)
+        ]  # fmt: skip
         engines.sort(key=lambda one: not self.met(prefill, one))
         _Giving(self, ticket, release_leg(model, ticket.params), cause, engines[:3]).send()
 

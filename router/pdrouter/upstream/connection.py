@@ -145,6 +145,8 @@ class EngineConnection:
         if call is None:
             self.abort()  # bytes that nobody asked for
             return
+        if call.counted:
+            self.engine.told += 1
         try:
             self._receive(data)
         except Exception:
