@@ -13,7 +13,7 @@ import uvloop
 
 from pdrouter.discovery.found import Source
 from pdrouter.discovery.sources import DiscoveryError, sources
-from pdrouter.fleet.engine import Engine, Role
+from pdrouter.fleet.engine import Role
 from pdrouter.fleet.fleet import Fleet
 from pdrouter.fleet.health import Health
 from pdrouter.fleet.rows import Rows
@@ -35,7 +35,6 @@ from pdrouter.server.listener import Listener, ListenError
 from pdrouter.server.routes import MetricsRoutes, Routes
 from pdrouter.server.tls import Certificate, CertificateError
 from pdrouter.settings import Settings, SettingsError, exit_with, load
-from pdrouter.upstream.errors import StalledError
 from pdrouter.upstream.pool import Pool
 from pdrouter.workers import Siblings, Worker, Workers
 
@@ -87,7 +86,7 @@ class Router:
         )  # fmt: skip
         authorization = f"authorization: Bearer {settings.api_key}\r\n".encode() if settings.api_key else b""
         self._canary = Canary(self.desk, settings.canary_interval_secs, authorization)
-        self._stall = Stall(loop, self.fleet, self._give_up, settings.stall_timeout_secs)
+        self._stall = Stall(loop, self.fleet, self.pool, settings.stall_timeout_secs)
         self._health = Health(self.fleet, self.pool, settings.health_interval_secs, _HEALTH_TIMEOUT, settings.api_key)
         self._scrape = Scrape(self.pool, settings.scrape_interval_secs, self.rows) if scrapes and first else None
         self._certificate = None
@@ -136,10 +135,6 @@ class Router:
             yield described.CANARY_DIFFERS, ends, 1
         for source in self._sources:
             yield described.SOURCE_AGE, (source.name,), source.age
-
-    def _give_up(self, engine: Engine, why: str) -> None:
-        count = self.pool.give_up(engine, StalledError(why))
-        _log.warning("engine=%s role=%s stalled=%d requests go elsewhere", engine.url, engine.role, count)
 
     def _tell(self, what: str, told: dict[str, object]) -> None:
         if self._siblings is not None:

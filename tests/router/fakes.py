@@ -107,7 +107,7 @@ def answer_to(seen: Seen, **fields: Any) -> dict[str, Any]:
         for i in range(n)
     ]
     return {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{seen.headers['x-request-id']}",
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{seen.headers.get('x-request-id')}",
         "model": "tiny",
         "choices": choices,
         "usage": USAGE,
@@ -143,22 +143,33 @@ async def decode(seen: Seen, out: Out) -> None:
 
 
 class FakeEngine:
-    """An engine; `behave` answers generation requests, health and models are always fine unless `healthy` is False."""
+    """An engine; `behave` answers generation requests, health and models are always fine unless `healthy` is False.
+    One that is `silent` answers nothing at all.
+
+    `version` and `blocks` (of `block_size` tokens) are told where they are set. Requests of the router's own have no
+    request id: `released` has those that give a ticket back, `probe` answers its canaries.
+    """
 
     def __init__(self, behave: Behaviour) -> None:
         self.behave = behave
+        self.probe = behave
         self.seen: list[Seen] = []
-        self.released: list[Any] = []
+        self.released: list[Seen] = []
+        self.canaries: list[Seen] = []
         self.healthy = True
+        self.silent = False
         self.models = ["tiny"]
+        self.adapters: list[str] = []
+        self.version = ""
+        self.block_size = self.blocks = self.longest = 0
         self.connections = 0
         self.url = ""
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
-    async def start(self, host: str) -> None:
-        self._server = await asyncio.start_server(self._accept, host, 0)
+    async def start(self, host: str, port: int = 0) -> None:
+        self._server = await asyncio.start_server(self._accept, host, port)
         self.url = f"http://{host}:{self._server.sockets[0].getsockname()[1]}"
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -178,19 +189,21 @@ class FakeEngine:
                 raw = await reader.readexactly(int(headers.get("content-length", 0)))
                 seen = Seen(method, target, headers, raw)
                 out = Out(writer)
-                if target == "/health":
+                if self.silent:
+                    await asyncio.sleep(60)
+                elif target == "/health":
                     await out.json({}, 200 if self.healthy else 503)
-                elif target == "/v1/models" and "x-request-id" not in headers:
-                    await out.json({"data": [{"id": name, "root": f"root-{name}"} for name in self.models]})
                 elif method == "GET" and "x-request-id" not in headers:
-                    await out.json({"detail": "Not Found"}, 404)
-                elif "x-request-id" not in headers:
+                    await self._tell(target, out)
+                elif "x-request-id" not in headers and seen.body.get("min_tokens") == 2:
                     # The router's own request, which gives a ticket back: vLLM refuses it and frees the blocks.
-                    self.released.append(seen.body["kv_transfer_params"])
+                    self.released.append(seen)
                     await out.json({"error": {"message": "min_tokens"}}, 400)
                 else:
-                    self.seen.append(seen)
-                    answer = asyncio.ensure_future(self.behave(seen, out))  # type: ignore[arg-type]
+                    own = "x-request-id" not in headers
+                    (self.canaries if own else self.seen).append(seen)
+                    behave = self.probe if own else self.behave
+                    answer = asyncio.ensure_future(behave(seen, out))  # type: ignore[arg-type]
                     more = asyncio.ensure_future(reader.read(1))
                     await asyncio.wait([answer, more], return_when=asyncio.FIRST_COMPLETED)
                     if more.done() and not answer.done():
@@ -211,10 +224,30 @@ class FakeEngine:
             with suppress(ConnectionError):
                 await writer.wait_closed()
 
+    async def _tell(self, target: str, out: Out) -> None:
+        """Answer the router's questions what this engine is."""
+        if target == "/v1/models":
+            own = [{"id": name, "root": f"root-{name}", "parent": None} for name in self.models]
+            adapters = [{"id": name, "root": f"/{name}", "parent": self.models[0]} for name in self.adapters]
+            limit = {"max_model_len": self.longest} if self.longest else {}
+            await out.json({"data": [one | limit for one in own] + adapters})
+        elif target == "/version" and self.version:
+            await out.json({"version": self.version})
+        elif target == "/metrics" and self.block_size:
+            told = f'block_size="{self.block_size}",num_gpu_blocks="{self.blocks or 1000}"'
+            await out.json(f"# x\nvllm:cache_config_info{{{told}}} 1.0\n".encode())
+        else:
+            await out.json({"detail": "Not Found"}, 404)
+
     def hang_up(self) -> None:
         """Close the connections that are open, as an engine does with idle ones."""
         for writer in list(self._writers):
             writer.close()
+
+    async def start_again(self) -> None:
+        """Listen again where it did, as a restarted process does."""
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        await self.start(host, int(port))
 
     async def stop(self) -> None:
         if self._server is not None:

@@ -32,9 +32,11 @@ class Placed(FakeEngine):
         self.hold = asyncio.Event()
         self.url = url
 
-    async def start(self, host: str = "") -> None:
-        told, _, port = self.url.removeprefix("http://").partition(":")
-        self._server = await asyncio.start_server(self._accept, host or told or new_address(), int(port or 0))
+    async def start(self, host: str = "", port: int = 0) -> None:
+        told, _, at_port = self.url.removeprefix("http://").partition(":")
+        self._server = await asyncio.start_server(
+            self._accept, host or told or new_address(), port or int(at_port or 0)
+        )
         at = self._server.sockets[0].getsockname()
         self.url = f"http://{at[0]}:{at[1]}"
 

@@ -108,7 +108,7 @@ class Pool:
 
     def call(
         self, engine: Engine, request: bytes, receiver: Any, *, perishable: Any = None, counted: bool = True,
-        held: int = 0, queued: int = 0,
+        held: int = 0, queued: int = 0, whole: bool = False,
     ) -> Call:  # fmt: skip
         call = Call(self, engine, request, receiver, counted, held)
         call.perishable = perishable

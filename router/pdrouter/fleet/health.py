@@ -38,6 +38,7 @@ class Probe:
         self._facts_due = 0.0
         self._path = "/health"
         self._heard = 0
+        self._roots: list[str] = []
         self._status = 0
         self._chunks: list[bytes] = []
         self._call: Call | None = None
@@ -116,6 +117,8 @@ class Probe:
             if self._path == "/v1/models":
                 listed = orjson.loads(page)["data"]
                 engine.models = {one["id"]: one.get("root") or one["id"] for one in listed}
+                # Adapters come and go; what has no parent is the model itself.
+                self._roots = sorted({engine.models[one["id"]] for one in listed if not one.get("parent")})
                 engine.longest_context = min((int(one.get("max_model_len") or 0) for one in listed), default=0)
             elif self._path == "/version":
                 engine.version = str(orjson.loads(page)["version"])
@@ -127,10 +130,8 @@ class Probe:
 
     def _group(self) -> None:
         engine = self._engine
-        if engine.version or engine.block_size:
-            # Adapters come and go; what has no parent is the model itself.
-            roots = sorted(set(engine.models.values()))[:1]
-            facts = (f"vLLM {engine.version}", f"block size {engine.block_size}", *roots)
+        if engine.version and engine.block_size:
+            facts = (f"vLLM {engine.version}", f"block size {engine.block_size}", *self._roots)
             self._fleet.grouped(engine, ", ".join(facts))
 
     def _down(self, why: str) -> None:

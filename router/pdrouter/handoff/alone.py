@@ -23,7 +23,7 @@ class Alone:
     """
 
     __slots__ = (
-        "_asked", "_body", "_call", "_desk", "_engine", "_failed", "_headers", "_last", "_passes", "_paused", "_pieces",
+        "_asked", "_body", "_call", "_desk", "_engine", "_failed", "_headers", "_passes", "_paused", "_pieces",
         "_record", "_refused", "_settled", "_sink", "_size", "_status", "_streams", "_way", "deadline",
     )  # fmt: skip
 
@@ -62,7 +62,6 @@ class Alone:
         self._engine: Engine | None = None
         self._refused: list[Engine] = []
         self._failed = 0
-        self._last: Failure | None = None
         self._status = 0
         self._headers: Headers = []
         self._pieces: list[bytes] = []
@@ -92,13 +91,13 @@ class Alone:
         queued = desk.routed(Role.DECODE, self._asked, engine) if record.generation else 0
         held = self._asked.tokens if record.generation else 0
         request = self._way.request(engine, self._body)
-        self._call = desk.pool.call(engine, request, self, held=held, queued=queued)
+        self._call = desk.pool.call(engine, request, self, held=held, queued=queued, whole=not self._streams)
         if self._paused:
             self._call.pause()
 
     def gave_up(self, role: Role | None, seconds: float, retry_after: int) -> None:
         """It waited as long as a request may wait (`pdrouter.handoff.waiting`)."""
-        self._settle_failed(self._last or no_engine(Role.DECODE, seconds, retry_after))
+        self._settle_failed(no_engine(Role.DECODE, seconds, retry_after))
 
     def head(self, status: int, headers: Headers) -> None:
         """Take the head."""
@@ -141,13 +140,12 @@ class Alone:
         engine = self._engine
         assert engine is not None
         self._desk.broken(engine, error)
-        self._last = leg_failure(502, Role.DECODE, error.reason, f"The request failed: {error}.")
         if isinstance(error, ConnectError):
             self._refused.append(engine)
             self._desk.later(self, 0)
             return
         if self._passes or not self._may_try():
-            self._settle_failed(self._last)
+            self._settle_failed(leg_failure(502, Role.DECODE, error.reason, f"The request failed: {error}."))
 
     def _may_try(self) -> bool:
         """Ask another engine if this request and all together have tries left."""

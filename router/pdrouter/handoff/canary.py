@@ -62,10 +62,13 @@ class _Answer:
 def _likely(answer: bytes) -> dict[str, float]:
     """Read the first token's log-probabilities."""
     try:
-        told = orjson.loads(answer)["choices"][0]["logprobs"]["top_logprobs"][0]
-    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError):
-        raise CanaryError("the answer has no log-probabilities") from None
-    return {str(token): float(value) for token, value in told.items()}
+        told = orjson.loads(answer)["choices"][0]["logprobs"]["top_logprobs"][0].items()
+        likely = {str(token): float(value) for token, value in told}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        likely = {}
+    if not likely:
+        raise CanaryError("the answer has no log-probabilities")
+    return likely
 
 
 def alike(one: dict[str, float], other: dict[str, float]) -> bool:
@@ -174,7 +177,7 @@ class Canary:
             ticket = read_ticket(answer, prefill, decode, body.get("model"), desk.loop.time(), desk.lease)
         except TicketError as error:
             raise CanaryError(f"{prefill.url} gave no usable ticket: {error}") from None
-        desk.ledger.issued(ticket, 0)
+        desk.issued(ticket, 0)
         ticket.handed = True
         try:
             told = await self._ask(decode, decode_leg(orjson.dumps(body), ticket.params))

@@ -13,6 +13,7 @@ from pdrouter.handoff.ledger import Ledger
 from pdrouter.handoff.legs import Greeting
 from pdrouter.handoff.release import Release
 from pdrouter.handoff.retries import RetryBudget
+from pdrouter.handoff.ticket import Ticket
 from pdrouter.handoff.waiting import Parked, Waiting
 from pdrouter.observe.decisions import Decisions
 from pdrouter.observe.metrics import Observer
@@ -120,8 +121,28 @@ class Desk:
                 engine for engine in candidates
                 if engine not in refused and (prefill is None or self.fits(prefill, engine))
             ]  # fmt: skip
-        if not candidates:
-            return None
+        return self._roomy(role, asked, candidates) if candidates else None
+
+    def ends(self, asked: Prompt, refused: Sequence[Engine], prefill: Engine) -> tuple[Engine, Engine] | None:
+        """Choose two engines that can exchange KV blocks, or None when there are none.
+
+        Args:
+            asked: the request.
+            refused: engines not to be chosen.
+            prefill: who is to be one of them if possible.
+        """
+        decodes = [engine for engine in self.fleet.healthy(Role.DECODE) if engine not in refused]
+        prefills = [engine for engine in self.fleet.healthy(Role.PREFILL) if engine not in refused]
+        # A way that is closed is better than none; between engines of different kinds there is none.
+        for fits in (self.fits, self.fleet.compatible):
+            found = [engine for engine in prefills if any(fits(engine, decode) for decode in decodes)]
+            if found:
+                one = prefill if prefill in found else self._roomy(Role.PREFILL, asked, found)
+                return one, self._roomy(Role.DECODE, asked, [decode for decode in decodes if fits(one, decode)])
+        return None
+
+    def _roomy(self, role: Role, asked: Prompt, candidates: Sequence[Engine]) -> Engine:
+        """Choose among engines, one with room if there is any."""
         chosen = self._chosen(role, asked, candidates)
         if chosen.kv_tokens and not self.has_room(chosen, asked):
             roomy = [engine for engine in candidates if self.has_room(engine, asked)]
@@ -226,8 +247,13 @@ class Desk:
         else:
             self.loop.call_soon(one.start)
 
+    def issued(self, ticket: Ticket, tokens: int) -> None:
+        """Take up a new ticket; where it tells that its engine is another process than before, its ways are new."""
+        if self.ledger.issued(ticket, tokens):
+            self.edges.forget(ticket.prefill)
+
     def changed(self, engine: Engine) -> None:
-        """An engine's load row changed; where it fell, requests that wait for room may try."""
+        """An engine's load row changed."""
         if self.pool.rows is not None:
             self.pool.rows.changed(engine)
 

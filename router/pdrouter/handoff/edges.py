@@ -73,16 +73,20 @@ class Edges:
             edge = self._edges[prefill, decode] = Edge(prefill, decode)
         return edge
 
-    def worked(self, prefill: Engine, decode: Engine, seconds: float) -> None:
-        """A handoff succeeded; `seconds` from the ticket to decode's first byte."""
+    def worked(self, prefill: Engine, decode: Engine, seconds: float | None) -> None:
+        """A handoff succeeded; `seconds` from the ticket to decode's first byte, if that is known."""
         edge = self._edge(prefill, decode)
         edge.handoffs += 1
-        usual = self._usual.get(decode, seconds)
-        if seconds > SLOW_SECONDS and seconds > SLOW_TIMES * usual and edge.handoffs > 1:
-            self._failure(edge, f"slow: {seconds:g} s")
+        if seconds is None:
+            edge.failures = 0
             return
-        edge.seconds = seconds if edge.handoffs == 1 else edge.seconds + _SMOOTH * (seconds - edge.seconds)
+        usual = self._usual.get(decode, seconds)
+        # Slow ones count too: when all ways to an engine become slow at once, it is the engine.
         self._usual[decode] = usual + _SMOOTH * (seconds - usual)
+        if seconds > SLOW_SECONDS and seconds > SLOW_TIMES * usual and edge.handoffs > 1:
+            self._failure(edge, f"slow: {seconds:.1f} s")
+            return
+        edge.seconds = edge.seconds + _SMOOTH * (seconds - edge.seconds) if edge.seconds else seconds
         edge.failures = 0
 
     def failed(self, prefill: Engine, decode: Engine, why: str) -> None:

@@ -42,15 +42,16 @@ class Ledger:
         handed = sum(1 for ticket in held if ticket.handed)
         return len(held) - handed, handed
 
-    def issued(self, ticket: Ticket, tokens: int) -> None:
-        """Take up a new ticket.
+    def issued(self, ticket: Ticket, tokens: int) -> bool:
+        """Take up a new ticket; tell whether its engine is another process than the one of the ticket before.
 
         Args:
             ticket: what a prefill engine gave; another id than its last one's tells that the engine restarted.
             tokens: prompt tokens that it pins, where the engine did not say.
         """
         engine = ticket.prefill
-        if self._lives.get(engine) != ticket.life:
+        life = self._lives.get(engine)
+        if life != ticket.life:
             self.void(engine)
             self._lives[engine] = ticket.life
         ticket.over = self.lease_over
@@ -63,6 +64,7 @@ class Ledger:
         engine.own_pinned += ticket.tokens
         if self._rows is not None:
             self._rows.changed(engine)
+        return life is not None and life != ticket.life
 
     def settle(self, ticket: Ticket, cause: Cause) -> bool:
         """Close a ticket; tell whether it was open. Only the first call counts."""

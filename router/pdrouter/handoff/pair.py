@@ -172,28 +172,31 @@ class Pair(Handoff):
         prefill = self._same
         if prefill is None or not desk.fleet.may_serve(prefill):
             prefill = desk.choose(Role.PREFILL, asked, self._refused)
-        if prefill is None:
-            if desk.decode_only and not desk.fleet.healthy(Role.PREFILL):
+        if prefill is not None and desk.picky and not desk.fits(prefill, decode):
+            prefill, decode = desk.ends(asked, self._refused, prefill) or (None, decode)
+        if not desk.has_room(decode, asked) or (not self._headed and desk.waiting.before(self)):
+            self._wait(None)
+        elif prefill is None:
+            if desk.decode_only and not self._refused_some(Role.PREFILL):
                 self._decode_alone(decode, "decode_only:no_prefill")
             else:
                 self._wait(Role.PREFILL)
-            return
-        if not desk.has_room(decode, asked):
-            self._wait(None)
-            return
-        if desk.bypass(asked, prefill, decode):
+        elif desk.bypass(asked, prefill, decode):
             self._decode_alone(decode, f"{desk.policies[Role.DECODE].name}:bypass")
-            return
-        if desk.picky and not desk.fits(prefill, decode):
-            decode = desk.choose(Role.DECODE, asked, self._refused, prefill) or decode
-        self._ask_prefill(prefill, decode)
+        else:
+            self._ask_prefill(prefill, decode)
+
+    def _refused_some(self, role: Role) -> bool:
+        """Whether there are engines of a role that are only not asked because they have failed this request before."""
+        may_serve = self._desk.fleet.may_serve
+        return any(engine.role is role and may_serve(engine) for engine in self._refused)
 
     def _wait(self, role: Role | None) -> None:
         """Wait for an engine of a role, or for room (None)."""
         desk = self._desk
-        if role is not None and desk.fleet.healthy(role):
+        if role is not None and (self._refused_some(Role.PREFILL) or self._refused_some(Role.DECODE)):
             # All there are have failed this request before, which is better than nothing, a little later.
-            self._refused = [engine for engine in self._refused if engine.role is not role]
+            self._refused.clear()
             desk.later(self, self._fruitless)
             return
         desk.waiting.park(self, role)
@@ -212,6 +215,7 @@ class Pair(Handoff):
     def _ask_prefill(self, prefill: Engine, decode: Engine) -> None:
         desk = self._desk
         self._note(prefill, decode)
+        self._alone = False
         self.state = State.PREFILL
         self._began = perf_counter()
         if self._record.prefill_sent_at is None:
@@ -220,7 +224,7 @@ class Pair(Handoff):
         request = self._way.request(prefill, prefill_leg(self._body))
         tokens = self._asked.tokens
         queued = desk.routed(Role.PREFILL, self._asked, prefill)
-        self._call = desk.pool.call(prefill, request, PrefillLeg(self, prefill), held=tokens, queued=queued)
+        self._call = desk.pool.call(prefill, request, PrefillLeg(self, prefill), held=tokens, queued=queued, whole=True)
 
     def _reserve(self, decode: Engine | None) -> None:
         """Keep room on a decode engine for when prefill is done."""
@@ -252,7 +256,8 @@ class Pair(Handoff):
         self._call = None
         self._way.ended(status)
         desk = self._desk
-        desk.fleet.ended(engine, status)
+        if status != 200:
+            desk.fleet.ended(engine, status)
         if self.state is State.ABANDONED:
             self._abandoned(engine, status, body)
             return
@@ -270,12 +275,14 @@ class Pair(Handoff):
         try:
             ticket = read_ticket(body, engine, self._decode, self._body.get("model"), desk.loop.time(), desk.lease)
         except TicketError as error:
+            desk.fleet.failed(engine, "ticket")
             message = f"The prefill engine {engine.url} gave no usable ticket: {error}."
             self._again(engine, leg_failure(502, Role.PREFILL, "ticket", message))
             return
         record.ticket_at = now
+        desk.fleet.succeeded(engine)
         self._ticket = ticket
-        desk.ledger.issued(ticket, self._asked.tokens)
+        desk.issued(ticket, self._asked.tokens)
         decode = self._decode
         if desk.chooses_late or not desk.fleet.may_serve(decode):
             # By now others have begun or ended: the choice made before prefill only served to see whether there is one.
@@ -289,8 +296,10 @@ class Pair(Handoff):
         desk = self._desk
         if status == 200 and self._decode is not None:
             with suppress(TicketError):
-                ticket = read_ticket(body, engine, self._decode, None, desk.loop.time(), desk.lease)
-                desk.ledger.issued(ticket, self._asked.tokens)
+                model = self._body.get("model")
+                ticket = read_ticket(body, engine, self._decode, model, desk.loop.time(), desk.lease)
+                desk.fleet.succeeded(engine)
+                desk.issued(ticket, self._asked.tokens)
                 self._ticket = ticket
                 self._give_back(Cause.RELEASED)
 
@@ -307,9 +316,15 @@ class Pair(Handoff):
         failure = leg_failure(502, Role.PREFILL, error.reason, message)
         if isinstance(error, ConnectError):
             self._refused.append(engine)
-            self._desk.later(self, 0)
+            self._start_over()
         else:
             self._again(engine, failure)
+
+    def _start_over(self) -> None:
+        """Begin again at no cost: the engine has not seen the request."""
+        self._reserve(None)
+        self.state = State.WAITING
+        self._desk.later(self, 0)
 
     def prefill_too_large(self, engine: Engine) -> None:
         """Prefill answers more than can be held."""
@@ -326,10 +341,17 @@ class Pair(Handoff):
         assert ticket is not None
         assert prefill is not None
         self._reserve(None)
-        decode = desk.choose(Role.DECODE, self._asked, self._refused, prefill if desk.picky else None) or otherwise
+        other = prefill if desk.picky else None
+        decode = desk.choose(Role.DECODE, self._asked, self._refused, other) or otherwise
+        if decode is None:  # one that has failed this request before is better than a second prefill
+            decode = desk.choose(Role.DECODE, self._asked, (), other)
         if decode is None:
             self._give_back(Cause.RELEASED)
-            self._wait(Role.DECODE)
+            if not desk.fleet.healthy(Role.DECODE):
+                self._wait(Role.DECODE)
+            else:
+                message = f"No decode engine can fetch from {prefill.url}; see /debug/edges."
+                self._again(None, leg_failure(503, Role.DECODE, "no_way", message))
             return
         self._note(prefill, decode)
         self._hand_over(decode, ticket)
@@ -389,7 +411,10 @@ class Pair(Handoff):
         if self._stream is not None:
             self._stream.attempt()
         leg = DecodeLeg(self, decode, self._stream, not self._streams, desk.learns(Role.DECODE))
-        call = desk.pool.call(decode, request, leg, perishable=ticket, held=desk.needs(self._asked), queued=queued)
+        call = desk.pool.call(
+            decode, request, leg, perishable=ticket, held=desk.needs(self._asked), queued=queued,
+            whole=not self._streams,
+        )  # fmt: skip
         self._call = call
         if self._paused:
             call.pause()
@@ -398,7 +423,9 @@ class Pair(Handoff):
         """The first bytes of decode's answer are there: it has the KV blocks."""
         ticket = self._ticket
         if ticket is not None and self._desk.ledger.settle(ticket, Cause.COLLECTED):
-            self._desk.edges.worked(ticket.prefill, engine, self._desk.loop.time() - ticket.received)
+            # Of an answer in one piece nothing is heard before it is complete, so its time is not the handoff's.
+            took = self._desk.loop.time() - ticket.received if self._streams else None
+            self._desk.edges.worked(ticket.prefill, engine, took)
         self._fruitless = 0
         if not self._headed:
             self._headed = True
@@ -413,6 +440,7 @@ class Pair(Handoff):
         self.state = State.SETTLED
         self._call = None
         self._count()
+        self._desk.waiting.wake()
         self._sink.end()
         if answer is not None:
             self._desk.answered(Role.DECODE, self._asked, engine, answer)
@@ -424,7 +452,8 @@ class Pair(Handoff):
         self._desk.fleet.ended(engine, status)
         failure = engine_failure(status, body, headers, Role.DECODE, engine.url)
         if status < 500:
-            self._settle_ticket(Cause.REFUSED)
+            # What failed while the engine parsed the body has left the ticket unused.
+            self._give_back(Cause.REFUSED)
             self._settle_failed(failure)
         else:
             self._decode_lost(engine, failure)
@@ -445,7 +474,7 @@ class Pair(Handoff):
             self._desk.fleet.ended(engine, error.status)
             failure = Failure(error.status, error.event, Role.DECODE, f"status_{error.status}")
             if error.status < 500:
-                self._settle_ticket(Cause.REFUSED)
+                self._give_back(Cause.REFUSED)
                 self._settle_failed(failure)
                 return
         else:
@@ -455,7 +484,7 @@ class Pair(Handoff):
             self._refused.append(engine)
             ticket = self._ticket
             if ticket is None or self._alone:
-                self._desk.later(self, 0)
+                self._start_over()
                 return
             ticket.handed = False
             self._hand_over_to_another()
@@ -540,10 +569,6 @@ class Pair(Handoff):
         self.state = State.WAITING
         desk.later(self, self._fruitless - 1)
 
-    def _settle_ticket(self, cause: Cause) -> None:
-        if self._ticket is not None:
-            self._desk.ledger.settle(self._ticket, cause)
-
     def _give_back(self, cause: Cause) -> None:
         """Have the blocks of a ticket freed that may not have been fetched."""
         ticket, self._ticket = self._ticket, None
@@ -558,6 +583,7 @@ class Pair(Handoff):
         self._break_off()
         self._give_back(Cause.RELEASED)
         self._reserve(None)
+        self._desk.waiting.wake()
         self._sink.failed(failure)
 
     def _count(self) -> None:

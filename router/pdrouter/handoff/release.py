@@ -95,13 +95,14 @@ class Release:
 
     def again(self, ticket: Ticket, body: bytes, cause: Cause) -> None:
         """Ask decode engines to take a ticket back, as long as it is open."""
-        if not self._fleet.may_serve(ticket.prefill):
+        prefill = ticket.prefill
+        if not prefill.healthy:
             self.ledger.settle(ticket, cause)
             return
-        prefill = ticket.prefill
         engines: list[Engine] = [
-            one for one in self._fleet.healthy(Role.DECODE) if not self._edges.closed(prefill, one)
-        ]
+            one for one in self._fleet.healthy(Role.DECODE)
+            if not self._edges.closed(prefill, one) and self._fleet.compatible(prefill, one)
+        ]  # fmt: skip
         engines.sort(key=lambda one: not self.met(prefill, one))
         _Giving(self, ticket, body, cause, engines[:3]).send()
 

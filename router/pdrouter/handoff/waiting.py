@@ -80,6 +80,15 @@ class Waiting:
         if self._timer is None:
             self._timer = self._loop.call_later(min(1.0, self._seconds / 10), self._look)
 
+    def before(self, one: Parked) -> bool:
+        """Whether another request waits for room that has less time left, or as much and came before."""
+        if not self._heap:
+            return False
+        now = self._loop.time()
+        since = self._since.get(one, now)
+        deadline = min(since + self._seconds, one.deadline)
+        return any(place.role is None and place.one is not None and place.deadline <= deadline for place in self._heap)
+
     def leave(self, one: Parked) -> None:
         """Forget a request; nothing happens when it does not wait."""
         self._since.pop(one, None)
@@ -129,6 +138,7 @@ class Waiting:
             if one is not None:
                 self.leave(one)
                 one.gave_up(place.role, now - place.since, self.retry_after())
+        self.wake()  # room may have become free in another process of the router
         if self._places and self._timer is None:
             self._timer = self._loop.call_later(min(1.0, self._seconds / 10), self._look)
 

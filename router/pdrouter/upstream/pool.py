@@ -25,18 +25,19 @@ class Call:
 
     __slots__ = (
         "_connecting", "_connection", "_held", "_pool", "_queued", "_request", "_reused",
-        "began", "counted", "engine", "paused", "perishable", "receiver",
+        "began", "counted", "engine", "paused", "perishable", "receiver", "whole",
     )  # fmt: skip
 
     def __init__(
         self, pool: "Pool", engine: Engine, request: bytes, receiver: Receiver, perishable: Perishable | None,
-        counted: bool, held: int, queued: int,
+        counted: bool, held: int, queued: int, whole: bool,
     ) -> None:  # fmt: skip
         self.engine = engine
         self.receiver = receiver
         self.perishable = perishable
         self.began = False
         self.paused = False
+        self.whole = whole
         self._pool = pool
         self._request = request
         self._connecting: asyncio.Task[None] | None = None
@@ -172,6 +173,7 @@ class Pool:
         counted: bool = True,
         held: int = 0,
         queued: int = 0,
+        whole: bool = False,
     ) -> Call:
         """Send a request to an engine.
 
@@ -183,8 +185,9 @@ class Pool:
             counted: whether it counts in the engine's load row at all.
             held: tokens that the engine holds for it until it is over.
             queued: tokens that the engine has to compute before its answer begins.
+            whole: whether nothing of the answer is to be expected before all of it.
         """
-        return Call(self, engine, request, receiver, perishable, counted, held, queued)
+        return Call(self, engine, request, receiver, perishable, counted, held, queued, whole)
 
     def open(self, engine: Engine) -> dict[Call, None]:
         """Give the counted calls to an engine that are not over."""
