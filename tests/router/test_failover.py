@@ -310,7 +310,7 @@ def test_a_prefill_engine_that_refuses_keeps_no_room_on_decode_for_a_request_tha
     """Decode has room for one request only, and the request that waits is that one."""
 
     async def main() -> None:
-        async with fleet(1, 1, decode_only="off", health_interval_secs=0.1) as bed:
+        async with fleet(1, 1, decode_only=False, health_interval_secs=0.1) as bed:
             bed.router.fleet.engines["decode"][0].kv_tokens = 150
             await bed.prefill.stop()
             bed.router.pool._idle.clear()
@@ -550,7 +550,7 @@ def test_requests_wait_for_a_role_that_is_gone_and_are_served_when_it_is_back(ro
         pytest.skip("needs no prefill")
 
     async def main() -> None:
-        async with fleet(1, 1, decode_only="off", health_interval_secs=0.1) as bed:
+        async with fleet(1, 1, decode_only=False, health_interval_secs=0.1) as bed:
             engine = bed.prefill if role == "prefill" else bed.decode
             await engine.stop()
             asking = [asyncio.ensure_future(bed.post(path, {"model": "tiny", "prompt": f"{n}"})) for n in range(3)]
@@ -567,7 +567,7 @@ def test_requests_wait_for_a_role_that_is_gone_and_are_served_when_it_is_back(ro
 @pytest.mark.parametrize("path", [COMPLETIONS, "/tokenize"])
 def test_who_waited_too_long_for_an_engine_is_told_when_to_come_again(path: str) -> None:
     async def main() -> None:
-        async with fleet(1, 1, queue_timeout_secs=0.3, decode_only="off") as bed:
+        async with fleet(1, 1, queue_timeout_secs=0.3, decode_only=False) as bed:
             await bed.decode.stop()
             told = await bed.post(path, {"model": "tiny", "prompt": "x"})
             assert told.status == 503
@@ -580,7 +580,7 @@ def test_who_waited_too_long_for_an_engine_is_told_when_to_come_again(path: str)
 
 def test_a_full_queue_turns_requests_away_at_once() -> None:
     async def main() -> None:
-        async with fleet(1, 1, queue_size=2, decode_only="off") as bed:
+        async with fleet(1, 1, queue_size=2, decode_only=False) as bed:
             await bed.decode.stop()
             asking = [asyncio.ensure_future(bed.complete(str(n))) for n in range(2)]
             await until(lambda: len(bed.router.desk.waiting) == 2, "two wait")
@@ -835,7 +835,7 @@ def test_a_client_that_leaves_before_decodes_first_byte_gives_its_ticket_back() 
 
 def test_a_client_that_leaves_while_it_waits_leaves_no_trace() -> None:
     async def main() -> None:
-        async with fleet(1, 1, decode_only="off") as bed:
+        async with fleet(1, 1, decode_only=False) as bed:
             await bed.decode.stop()
             await leave(bed, {}, lambda: len(bed.router.desk.waiting))
             await until(lambda: not len(bed.router.desk.waiting), "it waits no more")
@@ -1043,7 +1043,7 @@ def test_engines_of_different_kinds_are_never_paired() -> None:
     run(main)
 
 
-@pytest.mark.parametrize("alone", ["on", "off"])
+@pytest.mark.parametrize("alone", [True, False])
 def test_where_no_prefill_engine_is_of_decodes_kind_no_ticket_is_handed_over(alone: str) -> None:
     async def main() -> None:
         async with fleet(1, 1, decode_only=alone, queue_timeout_secs=0.3) as bed:
@@ -1051,7 +1051,7 @@ def test_where_no_prefill_engine_is_of_decodes_kind_no_ticket_is_handed_over(alo
             bed.router.fleet.grouped(prefill, "vLLM 0.32.0")
             bed.router.fleet.grouped(decode, "vLLM 0.33.0")
             told = await bed.complete()
-            assert told.status == (200 if alone == "on" else 503)
+            assert told.status == (200 if alone else 503)
             assert bed.prefill.seen == []
             assert all("kv_transfer_params" not in seen.body for seen in bed.decode.seen)
             await quiet(bed)
@@ -1199,7 +1199,7 @@ def test_a_stopped_process_is_given_up_when_its_health_is_silent_too(monkeypatch
 @pytest.mark.parametrize("where", ["prefill", "decode", "queue"])
 def test_a_request_ends_when_its_client_wants_to_wait_no_longer(where: str) -> None:
     async def main() -> None:
-        async with fleet(1, 1, decode_only="off") as bed:
+        async with fleet(1, 1, decode_only=False) as bed:
             if where == "queue":
                 await bed.decode.stop()
             else:
