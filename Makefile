@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools charts demo test lint fmt bench bench-router compiled chaos churn referee docs clean
+.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-attack compiled chaos churn referee upstream-tests docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ $(UV):
 
 $(STAMP): $(UV) uv.lock pyproject.toml cli/pyproject.toml router/pyproject.toml simulator/pyproject.toml
 	@echo "setup: installing the workspace from uv.lock"
-	@VIRTUAL_ENV= $(UV) sync --quiet --frozen --inexact --all-packages --all-groups --no-group fuzz --python $(BIN)/python
+	@VIRTUAL_ENV= $(UV) sync --quiet --frozen --inexact --all-packages --all-groups --no-group fuzz --no-group upstream --python $(BIN)/python
 	@touch $(STAMP)
 
 tools: setup ## Programs that the tests of the charts call, into .tools: linked, or built with Go and kept for the next time
@@ -56,6 +56,9 @@ compiled: setup ## The router compiled by mypyc, in .build/router (half a minute
 bench-router: setup ## CPU, latency and memory of the router beside vllm-router and nginx (10 minutes; REPORT=docs/performance.md writes the table there)
 	@$(BIN)/python bench/router/run.py $(if $(REPORT),--report $(REPORT))
 
+bench-attack: compiled ## What attacks cost other clients: p99 of ordinary requests without and with each attack
+	@$(BIN)/python bench/router/attack.py
+
 chaos: setup ## Five minutes of faults under load, every text compared (CHAOS_SEED=N for another order, CHAOS_SECONDS for another time)
 	@CHAOS_SECONDS=$${CHAOS_SECONDS:-300} $(BIN)/pytest -q -s --timeout=1800 tests/chaos/test_schedule.py
 
@@ -64,6 +67,9 @@ churn: compiled ## A day's coming and going of engines, clients and workers in t
 
 referee: setup ## Judge the router and others by pd-referee; writes docs/referee.md (10 minutes; ROUTERS="ours toy" for some)
 	@$(BIN)/python scripts/referee.py $(ROUTERS)
+
+upstream-tests: setup ## vllm-router's own integration tests before our router: ROUTER=its checkout (4 minutes; REPORT=docs/upstream-tests.md writes the table there)
+	@$(BIN)/python tests/upstream/run.py $(ROUTER) $(if $(REPORT),--report $(REPORT))
 
 docs: setup ## Write docs/reference.md, docs/metrics.md and the referee's list of cases from the programs themselves
 	@$(BIN)/python scripts/reference.py

@@ -1,0 +1,1 @@
+"""Stands where vllm-router's tests look for vllm-router."""
