@@ -32,9 +32,10 @@ from urllib.request import urlopen
 ROUTER = Path(__file__).parents[3] / ".venv" / "bin" / "pd-router"
 UNUSED = (
     "--prometheus-port", "--worker-startup-check-interval", "--worker-startup-timeout-secs", "--cache-threshold",
-    "--balance-abs-threshold", "--balance-rel-threshold", "--retry-max-retries", "--retry-initial-backoff-ms", "--retry-max-backoff-ms",
-    "--retry-backoff-multiplier", "--retry-jitter-factor", "--disable-retries", "--cb-failure-threshold",
-    "--cb-success-threshold", "--cb-timeout-duration-secs", "--cb-window-duration-secs", "--disable-circuit-breaker",
+    "--balance-abs-threshold", "--balance-rel-threshold", "--retry-max-retries", "--retry-initial-backoff-ms",
+    "--retry-max-backoff-ms", "--retry-backoff-multiplier", "--retry-jitter-factor", "--disable-retries",
+    "--cb-failure-threshold", "--cb-success-threshold", "--cb-timeout-duration-secs", "--cb-window-duration-secs",
+    "--disable-circuit-breaker",
 )  # fmt: skip
 _ADMIN = frozenset((b"/list_workers", b"/add_worker", b"/remove_worker"))
 # What ends a connection: either end, or this program's own end.
