@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-attack compiled chaos churn referee upstream-tests docs clean
+.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-attack compiled chaos churn referee upstream-tests test-engines docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ referee: setup ## Judge the router and others by pd-referee; writes docs/referee
 
 upstream-tests: setup ## vllm-router's own integration tests before our router: ROUTER=its checkout (4 minutes; REPORT=docs/upstream-tests.md writes the table there)
 	@$(BIN)/python tests/upstream/run.py $(ROUTER) $(if $(REPORT),--report $(REPORT))
+
+test-engines: setup ## Tests over real vLLM engines (15 minutes; VLLM=DIR, DIR holding venv with vLLM's CPU build and NIXL, and model)
+	@[ -n "$(VLLM)" ] || { echo "test-engines: say where real vLLM is: make test-engines VLLM=DIR"; exit 1; }
+	@VLLM="$(VLLM)" $(BIN)/pytest tests/engines
 
 docs: setup ## Write docs/reference.md, docs/metrics.md and the referee's list of cases from the programs themselves
 	@$(BIN)/python scripts/reference.py
