@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt bench bench-router compiled docs clean
+.PHONY: help setup demo test lint fmt bench bench-router compiled test-engines docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ demo: setup ## Bring up 8 prefill + 8 decode simulated engines and the router, s
 
 test: lint ## Install what is needed and run every check and test
 	@$(BIN)/pytest
+
+test-engines: setup ## Tests over real vLLM engines (15 minutes; VLLM=DIR, DIR holding venv with vLLM's CPU build and NIXL, and model)
+	@[ -n "$(VLLM)" ] || { echo "test-engines: say where real vLLM is: make test-engines VLLM=DIR"; exit 1; }
+	@VLLM="$(VLLM)" $(BIN)/pytest tests/engines
 
 lint: setup ## ruff and mypy --strict
 	@$(BIN)/ruff format --check --quiet . || { echo "lint: run make fmt"; exit 1; }

@@ -1,0 +1,184 @@
+"""Through the router and two real vLLM engines a client gets what one real engine would have answered."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+
+from engines.asking import chat, fresh, ids, text
+from engines.real import BLOCK, STARTS, Engines, Installation, RealEngine
+from support.answers import told
+from support.processes import Process, router, until
+from support.requests import COMPLETIONS, completion
+
+pytestmark = pytest.mark.timeout(STARTS + 300)
+# vLLM 0.32 on a CPU dies of a seed where prompts take more than one step ("CPU Generator does not use offset").
+SEEDED: dict[str, Any] = {"words": 12, "temperature": 0.8, "seed": 11}
+USAGE = {"include_usage": True}
+KINDS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
+    "completions": text,
+    "completions, streamed": lambda: text(stream=True),
+    "completions, streamed with usage": lambda: text(stream=True, stream_options=USAGE),
+    "completions, usage in every chunk": lambda: text(
+        stream=True, stream_options=USAGE | {"continuous_usage_stats": True}
+    ),
+    "completions with logprobs": lambda: text(logprobs=2),
+    "completions with logprobs, streamed": lambda: text(logprobs=2, stream=True),
+    "echo": lambda: text(echo=True),
+    "echo and logprobs": lambda: text(echo=True, logprobs=1),
+    "echo and logprobs of the prompt alone": lambda: text(echo=True, logprobs=1, max_tokens=0),
+    "prompt_logprobs": lambda: text(prompt_logprobs=1),
+    "several choices": lambda: text(n=3, **SEEDED),
+    "several choices, streamed": lambda: text(n=2, stream=True, **SEEDED),
+    "sampled with a seed": lambda: text(max_tokens=30, **SEEDED),
+    "a stop string": lambda: text(max_tokens=40, stop=["e", "a"]),
+    "a stop string, streamed": lambda: text(max_tokens=40, stop=["er", "an"], stream=True),
+    "a stop string that stays in": lambda: text(max_tokens=40, stop=["e"], include_stop_str_in_output=True),
+    "min_tokens": lambda: text(max_tokens=12, min_tokens=10),
+    "ignore_eos": lambda: text(max_tokens=60, ignore_eos=True),
+    "default max_tokens": lambda: (COMPLETIONS, {"model": "tiny", "prompt": fresh(), "temperature": 0}),
+    "a prompt of token ids": lambda: (COMPLETIONS, completion(ids(200))),
+    "a prompt of exactly one block": lambda: (COMPLETIONS, completion(ids(BLOCK))),
+    "a prompt one token longer than two blocks": lambda: (COMPLETIONS, completion(ids(2 * BLOCK + 1))),
+    "token ids returned": lambda: text(return_token_ids=True),
+    "token ids returned, streamed": lambda: text(return_token_ids=True, stream=True),
+    "a list of prompts": lambda: (COMPLETIONS, completion([fresh(90), fresh(200), fresh(10)])),
+    "a list of prompts, streamed": lambda: (COMPLETIONS, completion([fresh(90), fresh(200)], stream=True)),
+    "a list of token ids": lambda: (COMPLETIONS, completion([ids(140), ids(30)], return_token_ids=True)),
+    "chat": chat,
+    "chat, streamed": lambda: chat(stream=True),
+    "chat, usage in every chunk": lambda: chat(stream=True, stream_options=USAGE | {"continuous_usage_stats": True}),
+    "chat with logprobs": lambda: chat(logprobs=True, top_logprobs=2),
+    "chat with logprobs, streamed": lambda: chat(logprobs=True, top_logprobs=2, stream=True),
+    "chat with prompt_logprobs": lambda: chat(prompt_logprobs=1),
+    "chat, max_completion_tokens": lambda: chat(max_tokens=None, max_completion_tokens=9),
+    "chat, min_tokens and a stop string": lambda: chat(max_tokens=40, min_tokens=6, stop=["e"]),
+    "chat, several choices": lambda: chat(n=2, **SEEDED),
+    "chat, token ids returned, streamed": lambda: chat(return_token_ids=True, stream=True),
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "by both legs": {"temperature": -1},
+    "by decode only": {"n": 2},
+    "for another model's name": {"model": "nobody"},
+}
+
+
+@pytest.fixture(scope="module")
+def routed(started: Engines) -> Iterator[Process]:
+    with router([started.prefill], started.decodes, "--request-timeout-secs", "200") as made:
+        yield made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_request_is_answered_as_by_one_engine(engines: Engines, routed: Process, kind: str) -> None:
+    path, body = KINDS[kind]()
+    answer = routed.post(path, body, timeout=200)
+    assert answer.status_code == 200, answer.text
+    assert told(answer) == told(engines.plain.post(path, body, timeout=200))
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_an_engine_refuses_is_refused_in_its_words(engines: Engines, routed: Process, why: str) -> None:
+    path, body = text(**REFUSED[why])
+    status, error = told(routed.post(path, body, timeout=200))
+    assert (status, error) == told(engines.plain.post(path, body, timeout=200))
+    assert status in (400, 404)
+    until(engines.quiet, 20, "no ticket is left pinned")
+
+
+def test_the_bytes_that_move_are_the_blocks_of_the_prompts(engines: Engines, routed: Process) -> None:
+    def moved() -> float:
+        return sum(one.metric("vllm:nixl_bytes_transferred_sum") for one in engines.decodes)
+
+    before = moved()
+    lengths = [1, 40, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 700]
+    for length in lengths:
+        assert routed.post(COMPLETIONS, completion(ids(length)), timeout=200).status_code == 200
+    # the same prompts as one list, so none of their blocks is cached on a decode engine
+    assert routed.post(COMPLETIONS, completion([ids(length) for length in lengths]), timeout=200).status_code == 200
+    blocks = 2 * sum(-(-length // BLOCK) for length in lengths)
+    wanted = blocks * engines.installation.block_bytes
+    until(lambda: moved() - before == wanted, 20, f"{wanted} bytes, not {moved() - before}")
+
+
+def test_after_many_requests_nothing_is_held_expired_or_failed(engines: Engines, routed: Process) -> None:
+    names = ("vllm:nixl_num_failed_transfers_total", "vllm:nixl_num_kv_expired_reqs_total")
+
+    def trouble() -> float:
+        return sum(one.metric(name) for one in (engines.prefill, *engines.decodes) for name in names)
+
+    before = trouble()
+    bodies = [completion(fresh(60), stream=number % 2 == 0) for number in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda body: routed.post(COMPLETIONS, body, timeout=200), bodies))
+    assert [answer.status_code for answer in answers] == [200] * len(bodies)
+    until(engines.quiet, 20, "no block is held")
+    assert trouble() == before
+
+
+LEASE = 6  # seconds; the tenth below it that the router keeps is its own matter
+
+
+@pytest.fixture
+def hasty(installation: Installation) -> Iterator[RealEngine]:
+    """A prefill engine with a short lease and few blocks, which it soon uses again."""
+    made = installation.engine("prefill", "--num-gpu-blocks-override", "24", lease=LEASE)
+    try:
+        yield made.start().up()
+    finally:
+        made.stop()
+
+
+def test_requests_that_wait_in_decode_for_longer_than_the_lease_get_the_right_text(
+    engines: Engines, hasty: RealEngine
+) -> None:
+    decode = engines.decodes[0]
+    bodies = [completion(fresh(200)) for _ in range(4)]
+    expired = hasty.metric("vllm:nixl_num_kv_expired_reqs_total")
+    with ExitStack() as stack:
+        routed = stack.enter_context(router([hasty], [decode], "--kv-lease-seconds", str(LEASE)))
+        pool = stack.enter_context(ThreadPoolExecutor(len(bodies)))
+        with busy(decode, 8):
+            asked = [pool.submit(routed.post, COMPLETIONS, body, timeout=200) for body in bodies]
+            until(lambda: decode.metric("vllm:num_requests_waiting") == len(bodies), 60, "all wait in decode")
+            issued = time.monotonic()
+            while time.monotonic() < issued + 2 * LEASE:
+                # whatever is no longer held is overwritten
+                hasty.post(COMPLETIONS, completion(fresh(400), max_tokens=1), timeout=200)
+        answers = [one.result() for one in asked]
+    for body, answer in zip(bodies, answers, strict=True):
+        assert told(answer) == told(engines.plain.post(COMPLETIONS, body, timeout=200))
+    assert hasty.metric("vllm:nixl_num_kv_expired_reqs_total") == expired, "heartbeats kept the leases"
+
+
+class busy:  # noqa: N801 read as `with busy(engine, 8)`
+    """Keeps all seats of an engine's running batch taken."""
+
+    def __init__(self, engine: RealEngine, seats: int) -> None:
+        self._engine = engine
+        self._seats = seats
+        self._over = threading.Event()
+
+    def __enter__(self) -> None:
+        self._threads = [threading.Thread(target=self._sit) for _ in range(self._seats)]
+        for thread in self._threads:
+            thread.start()
+        until(lambda: self._engine.running == self._seats, 60, "all seats are taken")
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _sit(self) -> None:
+        body = completion(fresh(5), max_tokens=1900, ignore_eos=True, stream=True)
+        while not self._over.is_set():
+            with httpx.stream("POST", self._engine.url + COMPLETIONS, json=body, timeout=200) as answer:
+                for _ in answer.iter_lines():
+                    if self._over.is_set():
+                        break
