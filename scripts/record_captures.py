@@ -69,6 +69,8 @@ C, H = "/v1/completions", "/v1/chat/completions"
 USAGE = {"include_usage": True}
 BATCH = [prompt(5, 30), prompt(6, 35)]
 
+# The tokens of the bytes C3 and A9: together they are é, each alone is no character.
+UNFINISHED: dict[str, Any] = {"allowed_token_ids": [132, 107], "return_token_ids": True}
 GET_CASES = [
     "/v1/models", "/health", "/ping", "/version", "/load", "/tokenizer_info", "/nothing", "/v1/completions", "/metrics",
     "/server_info", "/is_sleeping", "/docs",
@@ -88,6 +90,14 @@ POST_CASES: list[tuple[str, str, Any]] = [
     ("cmpl_stream_echo_logprobs", C, completion(2, 10, stream=True, echo=True, logprobs=1)),
     ("cmpl_stream_return_ids", C, completion(2, 8, stream=True, return_token_ids=True)),
     ("cmpl_return_ids", C, completion(2, 8, return_token_ids=True)),
+    ("cmpl_return_ids_echo", C, completion(2, 8, return_token_ids=True, echo=True)),
+    ("cmpl_return_ids_echo_logprobs", C, completion(2, 8, return_token_ids=True, echo=True, logprobs=1)),
+    ("cmpl_return_ids_echo_stream", C, completion(2, 8, return_token_ids=True, echo=True, stream=True)),
+    ("cmpl_unfinished", C, completion(2, 8, max_tokens=24, **UNFINISHED)),
+    ("cmpl_unfinished_logprobs", C, completion(2, 8, max_tokens=24, logprobs=1, **UNFINISHED)),
+    ("cmpl_unfinished_stream", C, completion(2, 8, max_tokens=24, stream=True, **UNFINISHED)),
+    ("cmpl_unfinished_three", C, completion(3, 8, max_tokens=40, stream=True, **UNFINISHED | {"allowed_token_ids": [163, 229, 110]})),
+    ("cmpl_unfinished_prompt", C, completion(max_tokens=12, stream=True, **UNFINISHED | {"prompt": [0, 1632, 2535, 909, 132]})),
     ("cmpl_logprobs0", C, completion(2, logprobs=0)),
     ("cmpl_logprobs2", C, completion(2, logprobs=2)),
     ("cmpl_logprobs_seeded", C, completion(2, logprobs=2, temperature=1.0, seed=5)),
@@ -162,6 +172,8 @@ POST_CASES: list[tuple[str, str, Any]] = [
     ("chat_both_limits", H, chat(2, max_completion_tokens=3)),
     ("chat_return_ids", H, chat(2, 4, return_token_ids=True)),
     ("chat_return_ids_stream", H, chat(2, 4, return_token_ids=True, stream=True)),
+    ("chat_unfinished_stream", H, chat(2, 4, max_tokens=24, stream=True, **UNFINISHED)),
+    ("chat_unfinished_logprobs", H, chat(2, 4, max_tokens=24, logprobs=True, top_logprobs=1, **UNFINISHED)),
     ("chat_messages_absent", H, without(chat(), "messages")),
     ("chat_messages_empty", H, chat(messages=[])),
     ("chat_messages_bad", H, chat(messages=[{"content": "x"}])),
@@ -207,9 +219,11 @@ def main() -> None:
     """Record every case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", required=True)
+    parser.add_argument("--only", default="", help="record the cases whose name contains this")
     parser.add_argument("out", type=pathlib.Path)
     options = parser.parse_args()
     cases = [(path, "GET", path, None) for path in GET_CASES] + [(n, "POST", p, b) for n, p, b in POST_CASES]
+    cases = [case for case in cases if options.only in case[0]]
     with httpx.Client(base_url=options.url, timeout=120) as client, options.out.open("w") as out:
         for name, method, path, body in cases:
             entry = record(client, name, method, path, body)

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from support.processes import engine, start_all, until
+from support.processes import Process, engine, start_all, until
 from support.requests import COMPLETIONS, WANT_TICKET, completion, prompt
 
 seeds = itertools.count(1)
@@ -218,6 +218,80 @@ def test_a_decode_request_that_is_refused_releases_its_ticket(pair: Pair) -> Non
     assert answer.status_code == 400
     until(lambda: pair.prefill.get("/sim/state")["tickets"] == 0, 2, "the ticket is released")
     assert pair.rules() == set()
+
+
+def refused(one: Process, ticket: dict[str, Any], **fields: Any) -> httpx.Response:
+    """Send an engine a request that it refuses, with a ticket that is thereby released, or not."""
+    return one.post(COMPLETIONS, completion([0], **{"max_tokens": 1, "kv_transfer_params": ticket} | fields))
+
+
+def held(pair: Pair) -> bool:
+    """Whether a ticket is still held after another one, sent for release later, was released."""
+    text = fresh(5)
+    pair.collect(text, pair.ticket(text))  # the two engines know each other
+    later = pair.ticket(fresh(20))
+    before = pair.prefill.get("/sim/state")["tickets"]
+    assert refused(pair.decode, later, min_tokens=2).status_code == 400
+    until(lambda: pair.prefill.get("/sim/state")["tickets"] < before, 2, "the later ticket is released")
+    return bool(pair.prefill.get("/sim/state")["tickets"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"min_tokens": 2}, {"n": 3}, {"max_tokens": 0}, {"temperature": -1}, {"model": "nobody"}, {"stop": ""},
+        {"prompt": [0] * 140_000}, {"prompt": [9999]}, {"stream": True, "min_tokens": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_refusal_of_a_request_that_could_be_read_releases_its_ticket(pair: Pair, fields: dict[str, Any]) -> None:
+    text = fresh()
+    pair.collect(text, pair.ticket(text))
+    ticket = pair.ticket(fresh())
+    assert refused(pair.decode, ticket, **fields).status_code in (400, 404)
+    until(lambda: pair.prefill.get("/sim/state")["tickets"] == 0, 2, "the ticket is released")
+    assert pair.rules() == set()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt": ""}, {"prompt": None}, {"max_tokens": "x"}, {"stream_options": {"include_usage": True}}],
+    ids=str,
+)
+def test_a_refusal_while_the_body_is_read_does_not_release_the_ticket(pair: Pair, fields: dict[str, Any]) -> None:
+    ticket = pair.ticket(fresh())
+    assert refused(pair.decode, ticket, **fields).status_code == 400
+    assert held(pair)
+
+
+def test_prefill_does_not_release_its_own_ticket(pair: Pair) -> None:
+    ticket = pair.ticket(fresh())
+    assert refused(pair.prefill, ticket, min_tokens=2).status_code == 400
+    assert held(pair)
+
+
+def test_a_decode_engine_that_does_not_know_prefill_releases_with_its_next_step(pair: Pair) -> None:
+    stranger = engine("decode", "--speed", "20")
+    with stranger:
+        ticket = pair.ticket(fresh())
+        assert refused(stranger, ticket, min_tokens=2).status_code == 400
+        assert held(pair)
+        assert stranger.post(COMPLETIONS, completion(fresh(5))).status_code == 200
+        until(lambda: pair.prefill.get("/sim/state")["tickets"] == 0, 2, "the ticket is released")
+        second = pair.ticket(fresh())
+        assert refused(stranger, second, min_tokens=2).status_code == 400
+        until(lambda: pair.prefill.get("/sim/state")["tickets"] == 0, 2, "now one refusal is enough")
+
+
+@pytest.mark.parametrize(
+    "key", ["remote_block_ids", "remote_engine_id", "remote_request_id", "remote_host", "remote_port"]
+)
+def test_decode_dies_of_an_incomplete_ticket_in_a_request_that_it_refuses(mortal: Pair, key: str) -> None:
+    ticket = mortal.ticket(fresh())
+    del ticket[key]
+    assert refused(mortal.decode, ticket, min_tokens=2).status_code == 400
+    until(lambda: mortal.decode.process.poll() == 1, 5, "the engine process ends")
+    assert "violation ticket_missing_keys" in mortal.decode.output()
 
 
 def test_an_engine_that_cannot_be_reached_is_listed_and_the_prompt_computed_again(pair: Pair) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from pdsim.engine.detokenizer import name
 from pdsim.engine.language import Scored
 from pdsim.engine.sequence import Delta, Sequence
 from pdsim.engine.tokenizer import Tokenizer
@@ -47,46 +48,65 @@ class Head:
 
     def prompt_scores(self, scores: Many[tuple[Scored, ...] | None]) -> list[dict[str, Any] | None]:
         """Give `prompt_logprobs`."""
-        return [
-            None
-            if position is None
-            else {
-                str(scored.token): {
-                    "logprob": scored.logprob,
-                    "rank": scored.rank,
-                    "decoded_token": self.tokenizer.text(scored.token),
+        before: list[int] = []
+        told: list[dict[str, Any] | None] = []
+        for position in scores:
+            if position is None:
+                told.append(None)
+                continue
+            told.append(
+                {
+                    str(scored.token): {
+                        "logprob": scored.logprob,
+                        "rank": scored.rank,
+                        "decoded_token": name(self.tokenizer, scored.token, before),
+                    }
+                    for scored in position
                 }
-                for scored in position
-            }
-            for position in scores
-        ]
+            )
+            before.append(position[0].token)
+        return told
 
     def completion_logprobs(
-        self, tokens: Iterable[int], scores: Iterable[tuple[Scored, ...] | None], offset: int
+        self, tokens: Iterable[int], scores: Iterable[tuple[Scored, ...] | None], offset: int, before: Iterable[int]
     ) -> dict[str, Any]:
-        """Give `logprobs` of the completions API; `offset` is where the first token's text begins."""
+        """Give `logprobs` of the completions API.
+
+        Args:
+            tokens: of the answer or of a part of it.
+            scores: of each token.
+            offset: where the first token's text begins.
+            before: tokens that were scored before these.
+        """
         told: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        context = list(before)
         for token, scored in zip(tokens, scores, strict=True):
-            text = self.tokenizer.text(token)
+            text = name(self.tokenizer, token, context) if scored else self.tokenizer.text(token)
             told["text_offset"].append(offset)
             told["tokens"].append(text)
             told["token_logprobs"].append(scored[0].logprob if scored else None)
             told["top_logprobs"].append(
-                {self.tokenizer.text(one.token): one.logprob for one in scored} if scored else None
+                {name(self.tokenizer, one.token, context): one.logprob for one in scored} if scored else None
             )
             offset += len(text)
+            context.append(token)
         return told
 
-    def chat_logprobs(self, scores: Iterable[tuple[Scored, ...]], top: int) -> dict[str, Any]:
-        """Give `logprobs` of the chat API."""
+    def chat_logprobs(
+        self, scores: Iterable[tuple[Scored, ...]], top: int, before: Iterable[int] = ()
+    ) -> dict[str, Any]:
+        """Give `logprobs` of the chat API; `before` are the tokens that were scored before these."""
+        context = list(before)
 
         def entry(scored: Scored) -> dict[str, Any]:
-            text = self.tokenizer.text(scored.token)
+            text = name(self.tokenizer, scored.token, context)
             return {"token": text, "logprob": scored.logprob, "bytes": list(text.encode())}
 
-        return {
-            "content": [entry(scored[0]) | {"top_logprobs": [entry(one) for one in scored[:top]]} for scored in scores]
-        }
+        content = []
+        for scored in scores:
+            content.append(entry(scored[0]) | {"top_logprobs": [entry(one) for one in scored[:top]]})
+            context.append(scored[0].token)
+        return {"content": content}
 
 
 @dataclass(slots=True)
@@ -147,7 +167,7 @@ class CompletionAnswer:
         if self.echo_only:
             text, tokens, shown = "", [], []
         if self.echo:
-            text = self.prompt_texts[choice.index // self.per_prompt] + text
+            text = self._echoed(choice) + text
             if self.logprobs:
                 tokens = sequence.prompt + tokens
                 shown = sequence.prompt_scores + shown
@@ -155,7 +175,7 @@ class CompletionAnswer:
         return {
             "index": choice.index,
             "text": text,
-            "logprobs": self.head.completion_logprobs(tokens, shown, 0) if self.logprobs else None,
+            "logprobs": self.head.completion_logprobs(tokens, shown, 0, ()) if self.logprobs else None,
             "finish_reason": choice.finish,
             "stop_reason": choice.stop_reason,
             "token_ids": choice.tokens if self.return_ids else None,
@@ -163,6 +183,10 @@ class CompletionAnswer:
             "prompt_token_ids": sequence.prompt if self.return_ids else None,
             "routed_experts": None,
         }
+
+    def _echoed(self, choice: Choice) -> str:
+        """Give the prompt's text for `echo`; vLLM leaves it out where token ids are returned."""
+        return "" if self.return_ids else self.prompt_texts[choice.index // self.per_prompt]
 
     def opening(self, choice: Choice) -> bytes:
         """Completions open with their first token."""
@@ -173,11 +197,12 @@ class CompletionAnswer:
         sequence = choice.sequence
         text, tokens = delta.text, list(delta.tokens)
         scores: list[tuple[Scored, ...] | None] = list(delta.logprobs)
+        before = choice.tokens[: len(choice.tokens) - len(tokens)]
         prompt_ids = None
         if not choice.begun:
             choice.begun = True
             if self.echo:
-                text = self.prompt_texts[choice.index // self.per_prompt] + ("" if self.echo_only else text)
+                text = self._echoed(choice) + ("" if self.echo_only else text)
                 if self.logprobs:
                     tokens = sequence.prompt + ([] if self.echo_only else tokens)
                     scores = sequence.prompt_scores + ([] if self.echo_only else scores)
@@ -185,8 +210,8 @@ class CompletionAnswer:
                 prompt_ids = sequence.prompt
         logprobs = None
         if self.logprobs:
-            logprobs = self.head.completion_logprobs(tokens, scores, choice.offset)
-            choice.offset += sum(len(self.head.tokenizer.text(token)) for token in tokens)
+            logprobs = self.head.completion_logprobs(tokens, scores, choice.offset, before)
+            choice.offset += sum(map(len, logprobs["tokens"]))
         message: dict[str, Any] = {
             "id": self.head.id,
             "object": "text_completion",
@@ -287,10 +312,11 @@ class ChatAnswer:
 
     def chunk(self, choice: Choice, delta: Delta, told_usage: dict[str, Any] | None, last: bool) -> bytes:
         """Give one SSE chunk; `last` puts the fingerprint into the final one (when no usage chunk follows)."""
+        before = choice.tokens[: len(choice.tokens) - len(delta.tokens)]
         told: dict[str, Any] = {
             "index": choice.index,
             "delta": {"content": delta.text},
-            "logprobs": self.head.chat_logprobs(delta.logprobs, self.top_logprobs) if self.logprobs else None,
+            "logprobs": self.head.chat_logprobs(delta.logprobs, self.top_logprobs, before) if self.logprobs else None,
             "finish_reason": delta.finish,
         }
         if delta.finish is not None:

@@ -29,6 +29,7 @@ from pdsim.engine.protocol import (
     Limits,
     RequestError,
     TokenizeRequest,
+    check_body,
     check_fields,
     check_model,
     is_text,
@@ -187,13 +188,14 @@ class Api:
         public_id = http.headers.get("x-request-id") or uuid.uuid4().hex[:16]
         prefix = "cmpl" if kind is CompletionRequest else "chatcmpl"
         self._watch_protocol(body, raw, f"{prefix}-{public_id}")
+        check_body(body)
         try:
             sequences, answer = self._prepare(http, body, f"{prefix}-{public_id}", arrival)
             self.engine.submit(sequences, is_text(body))
         except EngineDeadError as error:
             raise _failure(error) from error
         except RequestError:
-            self.engine.reject(body.kv_transfer_params)
+            self.engine.reject(f"{prefix}-{public_id}", body.kv_transfer_params)
             raise
         self.load += 1
         if body.stream:

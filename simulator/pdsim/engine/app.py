@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", default=DEFAULT_MODEL, help=f"served model name ({DEFAULT_MODEL})")
     made.add_argument("--profile", default="h200", help="timing profile (h200)")
     made.add_argument("--speed", type=float, default=1.0, help="how much faster than real time (1.0)")
-    made.add_argument("--seed", type=int, help="makes unseeded sampling and the engine id repeat")
+    made.add_argument("--seed", type=int, help="makes unseeded sampling repeat")
     made.add_argument("--block-size", type=int, default=128, help="tokens a KV block (128)")
     made.add_argument("--num-gpu-blocks", type=int, help="KV blocks (as many as the profile's GPU has room for)")
     made.add_argument("--max-model-len", type=int, default=131_072, help="tokens of prompt and answer (131072)")

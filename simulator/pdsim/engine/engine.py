@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from statistics import quantiles
 from typing import Any
 
+from pdsim.engine.detokenizer import Detokenizer
 from pdsim.engine.kv import Block, BlockPool, Context, mix
 from pdsim.engine.language import Language, Scored
 from pdsim.engine.leases import Leases, prompt_digest
@@ -87,8 +88,7 @@ class Engine:
         self.settings = settings
         self.tokenizer = tokenizer
         self.violations = violations
-        # Random(None) draws from the system: an id of its own for each life
-        self.engine_id = str(uuid.UUID(int=random.Random(settings.seed).getrandbits(128), version=4))
+        self.engine_id = str(uuid.uuid4())  # another one in each life, as vLLM's
         self.pool = BlockPool(settings.num_blocks, settings.block_size)
         self.leases = Leases(self.pool, settings.lease_duration / settings.speed)
         self.scheduler = Scheduler(
@@ -108,13 +108,14 @@ class Engine:
         self._remotes: dict[tuple[str, int], Remote] = {}
         self._fetches: dict[Sequence, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[Any]] = set()
+        self._releases: list[dict[str, Any]] = []  # for engines that have become known only now
         self._in_flight_transfers = 0
         self._stepping = False
         self._step_begun = self._step_end = 0.0
         self._frontend_free = 0.0
         self._next_look = 0.0
         self._texts_waiting: list[Sequence] = []
-        self._texts: list[str] = []
+        self._texts: dict[bool, list[str]] = {}  # of each token, by whether special ones are skipped
         self._loop: asyncio.AbstractEventLoop
 
     async def start(self) -> None:
@@ -125,10 +126,12 @@ class Engine:
 
         """
         self._loop = asyncio.get_running_loop()
+        named = [self.tokenizer.text(token) for token in range(self.tokenizer.vocabulary)]
         special = self.tokenizer.special
-        self._texts = [
-            "" if token in special else self.tokenizer.text(token) for token in range(self.tokenizer.vocabulary)
-        ]
+        self._texts = {
+            False: named,
+            True: ["" if token in special else text for token, text in enumerate(named)],
+        }
         self._server = SideChannelServer(
             self.engine_id, self.pool, self.leases, self._loop.time, self.settings.side_channel_host,
             self.settings.side_channel_port,
@@ -196,8 +199,9 @@ class Engine:
             # vLLM 0.32: the connector's metadata of the aborted request lacks the key -> KeyError in the engine core
             self.die()
             return
-        if sequence.status is Status.WAITING and sequence.wants_remote_kv:
-            self._spawn(self._notify(params, "done"))
+        unasked = sequence.status is Status.WAITING and sequence.wants_remote_kv
+        if unasked and not self._release(sequence.request_id, params):
+            return
         if sequence not in self._fetches:
             self.scheduler.finish(sequence)
         else:
@@ -207,10 +211,42 @@ class Engine:
         self.metrics.finished(sequence, "abort", self._loop.time())
         self._wake()
 
-    def reject(self, params: dict[str, Any] | None) -> None:
+    def reject(self, request_id: str, params: dict[str, Any] | None) -> None:
         """Release a ticket whose request was refused before it reached the scheduler."""
-        if params and params.get("do_remote_prefill") and all(key in params for key in TICKET_KEYS):
+        if params and params.get("do_remote_prefill") and not self.dead:
+            self._release(request_id, params)
+
+    def _release(self, request_id: str, params: dict[str, Any]) -> bool:
+        """Let a prefill engine know that nobody will fetch its blocks; False when this engine died of it.
+
+        Real vLLM does this in an engine step of its own. Where it has not spoken to that engine before, the step only
+        begins the handshake; the notification then waits for a later step, which an idle engine does not make.
+        """
+        missing = [key for key in ("remote_block_ids", *TICKET_KEYS) if key not in params]
+        if missing:
+            # vLLM 0.32: the connector's metadata of this step lacks the key -> KeyError in the engine core
+            self.violations.add(Rule.TICKET_MISSING_KEYS, request_id, missing=missing)
+            self.die()
+            return False
+        self._step_releases()
+        if self._remote(params).knows(params["remote_engine_id"]):
             self._spawn(self._notify(params, "done"))
+        else:
+            self._spawn(self._introduce(params))
+        return True
+
+    async def _introduce(self, params: dict[str, Any]) -> None:
+        """Shake hands with a prefill engine for the sake of a ticket that is to be released."""
+        if params["remote_engine_id"] != self.engine_id and await self._remote(params).hello(
+            params["remote_engine_id"]
+        ):
+            self._releases.append(params)
+
+    def _step_releases(self) -> None:
+        """Send what the last step left to this one."""
+        for params in self._releases:
+            self._spawn(self._notify(params, "done"))
+        self._releases.clear()
 
     def die(self) -> None:
         """Let the engine core die, as on an assertion or KeyError in it: every request fails, the process ends soon."""
@@ -250,6 +286,8 @@ class Engine:
             self._stepping = False
             return
         self._stepping = True
+        if self._releases:
+            self._step_releases()
         chunks: list[Chunk] = []
         decodes = context = 0
         for item in work:
@@ -353,13 +391,12 @@ class Engine:
 
         finish: str | None = None
         reason: str | int | None = None
-        text = self._texts[token] if sampling.skip_special else self.tokenizer.text(token)
         if len(sequence.outputs) >= sampling.min_tokens:
             if token == self.tokenizer.eos and not sampling.ignore_eos:
-                finish, text = "stop", ""
+                finish = "stop"
             elif token in sampling.stop_token_ids:
                 finish, reason = "stop", token
-                text = text if sampling.include_stop else ""
+        text = "" if finish and not sampling.include_stop else self._detokenized(sequence, token)
         if sampling.stop:
             text, finish, reason = self._stop_text(sequence, text, finish, reason)
         if finish is None and (
@@ -374,6 +411,12 @@ class Engine:
             return
         self._finish(sequence, finish, now)
         self._answer(sequence, Delta(text, (token,), (scored,) if scored else (), finish, reason))
+
+    def _detokenized(self, sequence: Sequence, token: int) -> str:
+        skip = sequence.sampling.skip_special
+        if sequence.detokenizer is None:
+            sequence.detokenizer = Detokenizer(self.tokenizer, self._texts[skip], sequence.prompt, skip)
+        return sequence.detokenizer.step(token)
 
     def _stop_text(
         self, sequence: Sequence, text: str, finish: str | None, reason: str | int | None
@@ -488,6 +531,8 @@ class Engine:
             remote = self._remote(params)
             if (remote.host, remote.port) in self.broken_edges:
                 raise BrokenEdgeError
+            if params["remote_engine_id"] == self.engine_id:
+                raise RemoteUnreachableError("an engine does not fetch from itself", at_once=True)
             answer = await remote.read(params["remote_engine_id"], str(params["remote_request_id"]), ids)
             self._judge(sequence, params, answer.lease)
             await asyncio.sleep(begin + seconds / self.settings.speed - self._loop.time())
@@ -510,7 +555,7 @@ class Engine:
             fields = {key: params[key] for key in TICKET_KEYS}
             self.violations.add(Rule.TICKET_UNREACHABLE, sequence.request_id, reason=str(error), **fields)
             self.metrics.failed_transfers += 1
-            await asyncio.sleep(UNREACHABLE_SECONDS / self.settings.speed if "is engine" not in str(error) else 0)
+            await asyncio.sleep(0 if error.at_once else UNREACHABLE_SECONDS / self.settings.speed)
         finally:
             self._in_flight_transfers -= 1
             self._fetches.pop(sequence, None)

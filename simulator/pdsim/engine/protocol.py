@@ -221,8 +221,8 @@ def check_model(name: str | None, limits: Limits) -> None:
         raise RequestError(message, "model", 404, "NotFoundError")
 
 
-def check_fields(request: CompletionRequest | ChatRequest) -> None:
-    """Refuse what vLLM's request models refuse before anything is tokenized."""
+def check_body(request: CompletionRequest | ChatRequest) -> None:
+    """Refuse what vLLM's request models refuse while they are read, before the engine hears of the request."""
     if request.stream_options is not None and not request.stream:
         raise refuse("Stream options can only be defined when `stream=True`.", "stream_options")
     if request.prompt_logprobs is not None:
@@ -235,6 +235,13 @@ def check_fields(request: CompletionRequest | ChatRequest) -> None:
     if isinstance(request, ChatRequest):
         if request.top_logprobs and not request.logprobs:
             raise refuse("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+    elif request.prompt is None or request.prompt == "":
+        raise refuse("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
+
+
+def check_fields(request: CompletionRequest | ChatRequest) -> None:
+    """Refuse what vLLM refuses of a well-formed request before anything is tokenized."""
+    if isinstance(request, ChatRequest):
         if request.tools and request.tool_choice in (None, "auto"):
             raise RequestError('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set')
         if not request.messages:
@@ -242,8 +249,6 @@ def check_fields(request: CompletionRequest | ChatRequest) -> None:
     else:
         if request.suffix:
             raise RequestError("suffix is only supported for models with FIM completion rendering", "suffix")
-        if request.prompt is None or request.prompt == "":
-            raise refuse("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
         if request.prompt == []:
             raise RequestError("You must pass at least one prompt")
 

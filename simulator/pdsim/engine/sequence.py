@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
+from pdsim.engine.detokenizer import Detokenizer
 from pdsim.engine.kv import Block, Context
 from pdsim.engine.language import Scored
 
@@ -154,6 +155,7 @@ class Sequence:
     registered: int = 0  # leading blocks already offered to the prefix cache
     context: Context | None = None
     outputs: list[int] = field(default_factory=list)
+    detokenizer: Detokenizer | None = None
     text: str = ""
     sent: int = 0  # characters of `text` already in the outbox
     held_back: list[tuple[int, tuple[Scored, ...]]] = field(default_factory=list)

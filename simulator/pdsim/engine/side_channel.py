@@ -33,7 +33,11 @@ class UnknownBlockError(Exception):
 
 
 class RemoteUnreachableError(Exception):
-    """Nobody answers at the ticket's address, or somebody else does."""
+    """Nobody answers at the ticket's address, or somebody else does; `at_once` when that shows without waiting."""
+
+    def __init__(self, message: str, at_once: bool = False) -> None:
+        super().__init__(message)
+        self.at_once = at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +122,22 @@ class Remote:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._engine_id = ""
 
+    def knows(self, engine_id: str) -> bool:
+        """Whether there is a connection to that engine."""
+        return self._streams is not None and self._engine_id == engine_id and not self._streams[0].at_eof()
+
+    async def hello(self, engine_id: str) -> bool:
+        """Shake hands with an engine; False when it is not there."""
+        async with self._lock:
+            try:
+                await self._connected(engine_id)
+            except RemoteUnreachableError:
+                return False
+        return True
+
     async def _connected(self, engine_id: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if self._streams is not None and (self._streams[0].at_eof() or self._engine_id != engine_id):
+        lost = self._streams is not None and self._engine_id == engine_id and self._streams[0].at_eof()
+        if self._streams is not None and not self.knows(engine_id):
             self.close()
         if self._streams is None:
             try:
@@ -127,12 +145,12 @@ class Remote:
                 _send(writer, {"op": "hello"})
                 answer = await _receive(reader)
             except (OSError, asyncio.IncompleteReadError) as error:
-                raise RemoteUnreachableError(f"{self.host}:{self.port}: {error}") from error
+                # NIXL learns of the death of a peer that it knows; only a stranger's silence takes its time.
+                raise RemoteUnreachableError(f"{self.host}:{self.port}: {error}", at_once=lost) from error
             if answer["engine_id"] != engine_id:
                 writer.close()
-                raise RemoteUnreachableError(
-                    f"{self.host}:{self.port} is engine {answer['engine_id']}, not {engine_id}"
-                )
+                message = f"{self.host}:{self.port} is engine {answer['engine_id']}, not {engine_id}"
+                raise RemoteUnreachableError(message, at_once=True)
             self._streams, self._engine_id = (reader, writer), engine_id
         return self._streams
 
@@ -151,7 +169,7 @@ class Remote:
                 answer = await _receive(reader)
             except (OSError, asyncio.IncompleteReadError) as error:
                 self.close()
-                raise RemoteUnreachableError(f"{self.host}:{self.port}: {error}") from error
+                raise RemoteUnreachableError(f"{self.host}:{self.port}: {error}", at_once=True) from error
         if "error" in answer:
             raise UnknownBlockError(answer["error"])
         contents = [(entry, base64.b64decode(tokens)) for entry, tokens in answer["contents"]]
