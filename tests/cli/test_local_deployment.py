@@ -263,8 +263,8 @@ def test_ctrl_c_in_the_middle_of_bench_shows_what_was_measured(shell: Shell) -> 
 
 def test_failed_requests_are_counted_explained_and_make_the_exit_status(shell: Shell) -> None:
     shell.run("deploy", "--local", *SMALL)
-    decode = next(part for part in shell.told("status")["parts"] if part["role"] == "decode")
-    httpx.post(decode["url"] + "/sim/fault", json={"kind": "status", "code": 422, "count": 3})
+    prefill = next(part for part in shell.told("status")["parts"] if part["role"] == "prefill")
+    httpx.post(prefill["url"] + "/sim/fault", json={"kind": "status", "code": 422, "count": 3})
     answer = shell.run("bench", "8", "1", "--input-len", "50", "--output-len", "5")
     one_screen(answer, 1, "3 of 8 requests failed", "status 422", "next:")
     assert "Failed requests:                         3" in answer.stdout
