@@ -199,8 +199,8 @@ class Rows:
                     told[0] + in_flight, told[1] + values[at + _QUEUED], told[2] + held, told[3] + pinned,
                 )  # fmt: skip
             # The same reading is taken again: it may have been half written when it was read before.
-            if not self._scrapes and scraped / _MILLION >= engine.scraped_at:
+            if scraped and not self._scrapes and scraped / _MILLION >= engine.scraped_at:
                 engine.waiting, engine.running = float(values[at + _WAITING]), float(values[at + _RUNNING])
                 engine.kv_usage = values[at + _USAGE] / _MILLION
-                engine.kv_tokens = values[at + _KV_TOKENS]
+                engine.kv_tokens = values[at + _KV_TOKENS] or engine.kv_tokens
                 engine.scraped_at = scraped / _MILLION
