@@ -96,7 +96,8 @@ class AdminRoutes:
         return {"urls": [engine.url for engine in self._fleet], "workers": [
             {
                 "url": engine.url, "name": engine.name, "role": engine.role.value, "healthy": engine.healthy,
-                "leaving": engine.leaving, "breaker_open": self._fleet.tripped(engine), "in_flight": engine.in_flight,
+                "leaving": engine.leaving, "breaker_open": self._fleet.tripped(engine),
+                "in_flight": engine.in_flight - engine.failures,
                 "queued_tokens": engine.queued_tokens, "held_tokens": engine.held_tokens, "model": engine.model,
                 "waiting": engine.waiting, "running": engine.running, "kv_usage": engine.kv_usage,
                 "metrics_age": engine.metrics_age if engine.scraped_at > 0 else None,
