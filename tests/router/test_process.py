@@ -106,7 +106,10 @@ def test_streams_that_outlast_the_drain_timeout_are_cut():
     hold = threading.Event()
     with engine(hold) as prefill, engine(hold) as decode:
         process = router(prefill, decode, "--drain-timeout-secs", "0.2")
-        with process, httpx.stream("POST", f"{process.url}/v1/completions", json={"prompt": "x"}) as answer:
+        with (
+            process,
+            httpx.stream("POST", f"{process.url}/v1/completions", json={"prompt": "x", "stream": True}) as answer,
+        ):
             lines = answer.iter_raw()
             next(lines)
             process.process.send_signal(signal.SIGTERM)
