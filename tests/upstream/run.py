@@ -153,7 +153,7 @@ def table(told: Mapping[str, str], known: Expected, commit: str) -> str:
     listed = {**known.passes, **known.does_not_apply, **known.not_run}
     for test in sorted(listed):
         outcome, remark = known.row(test)
-        here = outcome if test in told else f"not in this commit; {outcome}"
+        here = outcome if test in told else f"not in this commit ({outcome})"
         lines.append(f"| `{test}` | {here} | {remark} |")
     return "\n".join(lines) + "\n"
 
