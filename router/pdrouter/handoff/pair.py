@@ -381,12 +381,17 @@ class Pair(Handoff):
             self._call = None
             self._hand_over(engine, self._ticket, True)
 
-    def not_greeted(self, engine: Engine) -> None:
-        """A decode engine that was quiet has not answered; it has not seen the ticket."""
-        if self.state is State.GREETING:
-            self._call = None
-            self._refused.append(engine)
-            self._hand_over_to_another()
+    def not_greeted(self, engine: Engine, error: UpstreamError) -> None:
+        """A decode engine that was quiet has not answered; it has not seen the ticket, which another may have."""
+        if self.state is not State.GREETING:
+            return
+        self._call = None
+        self.state = State.WAITING
+        if isinstance(error, ConnectError):
+            self._desk.broken(engine, error)
+        # Where there is no other it is asked again, but not all the time.
+        self._desk.later(self, 3 if engine in self._refused else 0)
+        self._refused.append(engine)
 
     def _tells_ids(self) -> bool:
         """Begin to follow a stream that could go on elsewhere; tell whether ids must be asked for."""
