@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pdrouter import app
+from pdrouter.fleet.engine import Role
 from pdrouter.handoff import edges
 from pdrouter.handoff.retries import ALWAYS, RESERVE, SHARE
 from router.fakes import TICKET, Answer, Bed, Behaviour, FakeEngine, Out, Seen, answer_to, routed, run, until, wire
@@ -153,6 +154,13 @@ async def quiet(bed: Bed) -> None:
     assert (len(desk.waiting), desk.admission.running, desk.admission.waiting) == (0, 0, 0)
 
 
+async def gone(bed: Bed, engine: FakeEngine) -> None:
+    """Stop an engine, and let the router know."""
+    await engine.stop()
+    known = next(one for one in bed.router.fleet if one.url == engine.url)
+    bed.router.fleet.mark(known, False, "test")
+
+
 async def leave(bed: Bed, body: dict[str, Any], when: Any) -> None:
     """Send a request and close the connection as soon as something is so."""
     _, writer = await bed.connect()
@@ -187,14 +195,18 @@ def test_a_decode_engine_that_refuses_is_replaced_with_the_same_ticket_and_no_se
     run(main)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("failure", [fail, reset, garble, tell_an_error_event, break_within_the_first_event])
+@pytest.mark.parametrize(
+    ("failure", "stream"),
+    [
+        *[(failure, stream) for failure in (fail, reset, garble) for stream in (False, True)],
+        (tell_an_error_event, True),
+        (break_within_the_first_event, True),
+    ],
+)
 def test_a_decode_engine_that_fails_before_its_first_byte_costs_a_prefill_and_nothing_else(
     failure: Behaviour, stream: bool
 ) -> None:
     """The ticket may be used up or not, so it is given back; the same prefill engine has the prompt cached."""
-    if not stream and failure in (tell_an_error_event, break_within_the_first_event):
-        pytest.skip("only streams have events")
 
     async def main() -> None:
         async with fleet(2, 2) as bed:
@@ -311,12 +323,12 @@ def test_a_prefill_engine_that_refuses_keeps_no_room_on_decode_for_a_request_tha
 
     async def main() -> None:
         async with fleet(1, 1, decode_only=False, health_interval_secs=0.1) as bed:
-            bed.router.fleet.engines["decode"][0].kv_tokens = 150
+            bed.router.fleet.engines[Role.DECODE][0].kv_tokens = 150
             await bed.prefill.stop()
             bed.router.pool._idle.clear()
             asking = asyncio.ensure_future(bed.complete(max_tokens=100))
-            await until(lambda: bed.router.desk.waiting.count("prefill"), "it waits for prefill")  # type: ignore[arg-type]
-            assert bed.router.fleet.engines["decode"][0].held_tokens == 0
+            await until(lambda: bed.router.desk.waiting.count(Role.PREFILL), "it waits for prefill")
+            assert bed.router.fleet.engines[Role.DECODE][0].held_tokens == 0
             await bed.prefill.start_again()
             assert (await asking).status == 200
             await quiet(bed)
@@ -459,7 +471,7 @@ def test_a_sampled_stream_that_another_engine_would_tell_otherwise_ends_with_an_
             assert not told.complete
             assert "other" in told.events[-1]["error"]["message"]
             assert 'pd_router_errors_total{leg="decode",reason="not_continued"} 1.0' in await bed.metrics()
-            assert bed.router.fleet.engines["decode"][1].failures == 0, "the second engine did nothing wrong"
+            assert bed.router.fleet.engines[Role.DECODE][1].failures == 0, "the second engine did nothing wrong"
             await quiet(bed)
 
     run(main)
@@ -543,16 +555,12 @@ def test_an_engine_that_fails_at_once_does_not_draw_the_requests_of_all_others(p
 # no engine, no room
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-@pytest.mark.parametrize("path", [COMPLETIONS, "/tokenize"])
+@pytest.mark.parametrize(("role", "path"), [("prefill", COMPLETIONS), ("decode", COMPLETIONS), ("decode", "/tokenize")])
 def test_requests_wait_for_a_role_that_is_gone_and_are_served_when_it_is_back(role: str, path: str) -> None:
-    if role == "prefill" and path != COMPLETIONS:
-        pytest.skip("needs no prefill")
-
     async def main() -> None:
         async with fleet(1, 1, decode_only=False, health_interval_secs=0.1) as bed:
             engine = bed.prefill if role == "prefill" else bed.decode
-            await engine.stop()
+            await gone(bed, engine)
             asking = [asyncio.ensure_future(bed.post(path, {"model": "tiny", "prompt": f"{n}"})) for n in range(3)]
             await until(lambda: len(bed.router.desk.waiting) == 3, "they wait")
             page = await bed.metrics()
@@ -568,7 +576,7 @@ def test_requests_wait_for_a_role_that_is_gone_and_are_served_when_it_is_back(ro
 def test_who_waited_too_long_for_an_engine_is_told_when_to_come_again(path: str) -> None:
     async def main() -> None:
         async with fleet(1, 1, queue_timeout_secs=0.3, decode_only=False) as bed:
-            await bed.decode.stop()
+            await gone(bed, bed.decode)
             told = await bed.post(path, {"model": "tiny", "prompt": "x"})
             assert told.status == 503
             assert int(told.headers["retry-after"]) >= 1
@@ -581,13 +589,28 @@ def test_who_waited_too_long_for_an_engine_is_told_when_to_come_again(path: str)
 def test_a_full_queue_turns_requests_away_at_once() -> None:
     async def main() -> None:
         async with fleet(1, 1, queue_size=2, decode_only=False) as bed:
-            await bed.decode.stop()
+            await gone(bed, bed.decode)
             asking = [asyncio.ensure_future(bed.complete(str(n))) for n in range(2)]
             await until(lambda: len(bed.router.desk.waiting) == 2, "two wait")
             told = await bed.complete()
             assert (told.status, int(told.headers["retry-after"]) >= 1) == (503, True)
             for one in asking:
                 one.cancel()
+
+    run(main)
+
+
+def test_a_ticket_waits_for_a_decode_engine_that_comes_back() -> None:
+    async def main() -> None:
+        async with fleet(1, 1, health_interval_secs=0.1) as bed:
+            await bed.decode.stop()
+            asking = asyncio.ensure_future(bed.complete())
+            await until(lambda: bed.router.desk.waiting.count(Role.DECODE), "it waits")
+            assert bed.router.desk.ledger.tickets(bed.router.fleet.engines[Role.PREFILL][0]) == (1, 0)
+            await bed.decode.start_again()
+            assert (await asking).status == 200
+            assert len(bed.prefill.seen) == 1
+            assert ended(bed) == {"collected": 1}
 
     run(main)
 
@@ -634,7 +657,7 @@ def test_decode_that_refuses_after_it_served_alone_leaves_no_ticket_open() -> No
     async def main() -> None:
         async with fleet(1, 2, health_interval_secs=0.1) as bed:
             await bed.prefill.stop()
-            await until(lambda: not bed.router.fleet.healthy("prefill"), "prefill is gone")  # type: ignore[arg-type]
+            await until(lambda: not bed.router.fleet.healthy(Role.PREFILL), "prefill is gone")
             connects = bed.router.pool.connect
             refused: list[Any] = []
 
@@ -653,10 +676,7 @@ def test_decode_that_refuses_after_it_served_alone_leaves_no_ticket_open() -> No
                 await connects(call)
 
             bed.router.pool.connect = connect  # type: ignore[method-assign]
-            for idle in bed.router.pool._idle.values():
-                for one in idle:
-                    one.abort()
-            bed.router.pool._idle.clear()
+            bed.router.pool.take = lambda engine: None  # type: ignore[method-assign]
             assert (await bed.complete()).status == 200
             assert len(refused) == 2
             await quiet(bed)
@@ -666,8 +686,8 @@ def test_decode_that_refuses_after_it_served_alone_leaves_no_ticket_open() -> No
 
 def test_prefill_does_not_begin_while_no_decode_engine_has_room_and_goes_on_by_deadline() -> None:
     async def main() -> None:
-        async with fleet(1, 1) as bed:
-            bed.router.fleet.engines["decode"][0].kv_tokens = 150
+        async with fleet(1, 1, queue_timeout_secs=100) as bed:
+            bed.router.fleet.engines[Role.DECODE][0].kv_tokens = 150
             ends: dict[str, asyncio.Event] = {}
 
             async def decode(seen: Seen, out: Out) -> None:
@@ -704,7 +724,7 @@ def test_prefill_does_not_begin_while_no_decode_engine_has_room_and_goes_on_by_d
 def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_room() -> None:
     async def main() -> None:
         async with fleet(1, 1) as bed:
-            bed.router.fleet.engines["decode"][0].kv_tokens = 150
+            bed.router.fleet.engines[Role.DECODE][0].kv_tokens = 150
             turn = asyncio.Semaphore(0)
 
             async def decode(seen: Seen, out: Out) -> None:
@@ -729,7 +749,7 @@ def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_room() -> 
 def test_who_waited_too_long_for_room_is_told_when_to_come_again() -> None:
     async def main() -> None:
         async with fleet(1, 1, queue_timeout_secs=0.3) as bed:
-            bed.router.fleet.engines["decode"][0].kv_tokens = 150
+            bed.router.fleet.engines[Role.DECODE][0].kv_tokens = 150
             bed.decode.behave = hang
             asking = asyncio.ensure_future(bed.complete(max_tokens=100))
             await until(lambda: bed.decode.seen, "decode is full")
@@ -745,7 +765,7 @@ def test_who_waited_too_long_for_room_is_told_when_to_come_again() -> None:
 def test_prompts_of_a_batch_make_room_for_each_other() -> None:
     async def main() -> None:
         async with fleet(1, 1, queue_timeout_secs=5) as bed:
-            bed.router.fleet.engines["decode"][0].kv_tokens = 250
+            bed.router.fleet.engines[Role.DECODE][0].kv_tokens = 250
             told = await bed.complete([f"prompt {n}" for n in range(8)], max_tokens=100)
             assert told.status == 200
             assert len(told.json["choices"]) == 8
@@ -758,7 +778,7 @@ def test_room_that_becomes_free_elsewhere_is_noticed() -> None:
 
     async def main() -> None:
         async with fleet(1, 1, queue_timeout_secs=20) as bed:
-            engine = bed.router.fleet.engines["decode"][0]
+            engine = bed.router.fleet.engines[Role.DECODE][0]
             engine.kv_tokens, engine.elsewhere = 150, (1, 0, 140, 0)
             asking = asyncio.ensure_future(bed.complete(max_tokens=100))
             await until(lambda: len(bed.router.desk.waiting), "it waits")
@@ -836,7 +856,7 @@ def test_a_client_that_leaves_before_decodes_first_byte_gives_its_ticket_back() 
 def test_a_client_that_leaves_while_it_waits_leaves_no_trace() -> None:
     async def main() -> None:
         async with fleet(1, 1, decode_only=False) as bed:
-            await bed.decode.stop()
+            await gone(bed, bed.decode)
             await leave(bed, {}, lambda: len(bed.router.desk.waiting))
             await until(lambda: not len(bed.router.desk.waiting), "it waits no more")
             await quiet(bed)
@@ -929,7 +949,7 @@ def test_a_broken_way_is_closed_while_both_its_ends_serve_others_until_a_canary_
     monkeypatch.setattr(edges, "FIRST_PAUSE", 0.3)
 
     async def main() -> None:
-        async with fleet(2, 2) as bed:
+        async with fleet(2, 2, policy="random", seed=1) as bed:
             for number, one in enumerate(bed.prefills):
                 one.behave = one.probe = issue(f"life-{number}")
             bed.decodes[0].behave = bed.decodes[0].probe = fails_from("life-0")
@@ -969,11 +989,25 @@ def test_a_broken_way_is_closed_while_both_its_ends_serve_others_until_a_canary_
 def test_the_only_way_is_taken_even_when_it_is_closed() -> None:
     async def main() -> None:
         async with fleet(1, 1) as bed:
-            bed.decode.behave = once(fail, once(fail, generate()))
-            assert (await bed.complete()).status == 200
+            prefill, decode = bed.router.fleet
+            for _ in range(2):
+                bed.router.desk.edges.failed(prefill, decode, "test")
             assert bed.router.desk.edges.any_closed
             assert (await bed.complete()).status == 200
+            assert len(bed.prefill.seen) == 1
             await quiet(bed)
+
+    run(main)
+
+
+def test_an_engine_that_fails_whatever_comes_does_not_close_its_ways() -> None:
+    async def main() -> None:
+        async with fleet(2, 2) as bed:
+            bed.decodes[0].behave = fail
+            for number in range(20):
+                assert (await bed.complete(str(number))).status == 200
+            assert not bed.router.desk.edges.any_closed
+            assert [one["breaker_open"] for one in await bed.workers()].count(True) == 1
 
     run(main)
 
@@ -1031,13 +1065,14 @@ def test_engines_of_different_kinds_are_never_paired() -> None:
                 lives = {seen.body["kv_transfer_params"]["remote_engine_id"] for seen in one.seen}
                 assert lives == {f"life-{number}"}
             # A rolling update: of the first kind only prefill is left.
-            await bed.decodes[0].stop()
+            await gone(bed, bed.decodes[0])
+            before = len(bed.prefills[0].seen)
             for number in range(12):
                 assert (await bed.complete(str(number))).status == 200
             for number, one in enumerate(bed.decodes):
                 lives = {seen.body["kv_transfer_params"]["remote_engine_id"] for seen in one.seen}
                 assert lives == {f"life-{number}"}
-            assert len(bed.prefills[0].seen) == 8, "whose blocks nobody could read"
+            assert len(bed.prefills[0].seen) == before, "whose blocks nobody could read"
             await quiet(bed)
 
     run(main)
@@ -1082,12 +1117,8 @@ def test_adapters_and_unknown_facts_do_not_make_engines_of_different_kinds() -> 
 # engines that are silent
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize(("role", "stream"), [("prefill", False), ("prefill", True), ("decode", True)])
 def test_an_engine_whose_core_hangs_is_given_up_although_its_health_is_fine(role: str, stream: bool) -> None:
-    if role == "decode" and not stream:
-        pytest.skip("a whole answer may take its time")
-
     async def main() -> None:
         async with fleet(2, 2, stall_timeout_secs=0.5, health_interval_secs=0.1) as bed:
 
@@ -1112,12 +1143,16 @@ def test_an_engine_whose_core_hangs_is_given_up_although_its_health_is_fine(role
 
 
 def test_a_decode_engine_that_never_begins_a_stream_is_given_up() -> None:
+    """It may wake and fetch, so its ticket is left to it until the lease ends."""
+
     async def main() -> None:
-        async with fleet(1, 2, stall_timeout_secs=0.5, health_interval_secs=0.1) as bed:
+        async with fleet(1, 2, stall_timeout_secs=0.5, health_interval_secs=0.1, kv_lease_seconds=3) as bed:
             bed.decodes[0].behave = bed.decodes[1].behave = once(hang, generate())
             assert (await bed.complete(stream=True)).complete
             assert [len(one.seen) for one in bed.decodes] == [1, 1]
             await quiet(bed)
+            assert ended(bed) == {"expired": 1, "collected": 1}
+            assert given_back(bed) == []
 
     run(main)
 
@@ -1155,10 +1190,10 @@ def test_a_client_that_does_not_read_does_not_make_its_engine_look_hanging() -> 
             body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 9, "stream": True}).encode()
             writer.write(wire("POST", COMPLETIONS, body))
             await reader.readuntil(b"\r\n\r\n")
-            (call,) = bed.router.pool.open(bed.router.fleet.engines["decode"][0])
+            (call,) = bed.router.pool.open(bed.router.fleet.engines[Role.DECODE][0])
             await until(lambda: call.paused, "the engine has to wait for the client")
             await asyncio.sleep(2.5)  # more than two looks
-            assert not bed.router.fleet.tripped(bed.router.fleet.engines["decode"][0])
+            assert not bed.router.fleet.tripped(bed.router.fleet.engines[Role.DECODE][0])
             assert call in bed.router.pool.open(call.engine)
             writer.close()
 
@@ -1193,6 +1228,38 @@ def test_a_stopped_process_is_given_up_when_its_health_is_silent_too(monkeypatch
     run(main)
 
 
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_quiet_engine_that_refuses_to_say_whether_it_lives_is_asked_again_at_leisure(comes_back: bool) -> None:
+    """It was quiet, so it is asked before it gets a ticket; that it refuses is no reason to ask it all the time."""
+
+    async def main() -> None:
+        async with fleet(1, 1, health_interval_secs=60, queue_timeout_secs=1) as bed:
+            engine = bed.router.fleet.engines[Role.DECODE][0]
+            await until(lambda: engine.quiet, "it is quiet")
+            await bed.decode.stop()
+            pool, asked = bed.router.pool, list[Any]()
+            connects = pool.connect
+
+            async def connect(call: Any) -> None:
+                if call.engine is engine:
+                    asked.append(call)
+                await connects(call)
+
+            pool.connect = connect  # type: ignore[method-assign]
+            asking = asyncio.ensure_future(bed.complete())
+            await until(lambda: bed.router.desk.waiting.count(Role.DECODE), "the request waits")
+            assert len(asked) <= 3
+            assert not engine.healthy
+            if comes_back:
+                await bed.decode.start_again()
+                bed.router.fleet.mark(engine, True, "test")
+            told = await asking
+            assert told.status == (200 if comes_back else 503)
+            assert len(bed.prefill.seen) == 1
+
+    run(main)
+
+
 # time
 
 
@@ -1201,7 +1268,7 @@ def test_a_request_ends_when_its_client_wants_to_wait_no_longer(where: str) -> N
     async def main() -> None:
         async with fleet(1, 1, decode_only=False) as bed:
             if where == "queue":
-                await bed.decode.stop()
+                await gone(bed, bed.decode)
             else:
                 (bed.prefill if where == "prefill" else bed.decode).behave = hang
             body = {"model": "tiny", "prompt": "x"}

@@ -194,12 +194,14 @@ class World:
         self.engines = list(self.fleet)
         for engine in self.engines:
             self.fleet.mark(engine, True, "test")
+            if engine.role is Role.DECODE:
+                engine.kv_tokens = 70  # room for one request
         self.issued: list[Ticket] = []
         issue = self.desk.ledger.issued
 
-        def issued(ticket: Ticket, tokens: int) -> None:
+        def issued(ticket: Ticket, tokens: int) -> bool:
             self.issued.append(ticket)
-            issue(ticket, tokens)
+            return issue(ticket, tokens)
 
         self.settled: list[tuple[Ticket, Cause]] = []
         settle = self.desk.ledger.settle
@@ -243,6 +245,10 @@ class World:
             self.fleet.mark(engine, False, "test")
         elif what == "up":
             self.fleet.mark(engine, True, "test")
+        elif what == "way closed":
+            self.desk.edges.failed(self.engines[which % 2], self.engines[2 + which // 2 % 2], "test")
+        elif what == "other kind":
+            self.fleet.grouped(engine, ("", "old", "new")[which % 3])
         elif what == "leaves":
             self.fleet.report("test", [one for one in self.found if one.url != engine.url])
             self.fleet.report("test", self.found)
@@ -311,6 +317,16 @@ class World:
             call.over()
             receiver.end()
 
+    def get_well(self) -> None:
+        """Let all engines be well and answer whatever they are asked, for longer than a request may wait."""
+        for _ in range(60):
+            for engine in self.fleet:
+                self.fleet.mark(engine, True, "test")
+            for call in list(self.pool.open):
+                if call in self.pool.open:
+                    self.answer(call, "ok", 0)
+            self.loop.pass_time(1)
+
     def finish(self) -> None:
         """Let the client leave and all leases end."""
         self.do("client gone", 0)
@@ -323,7 +339,7 @@ class World:
 
 EVENTS = (
     "ok", "ok", "ok", "piece", "piece", "bad ticket", "4xx", "5xx", "refused", "closed", "stalled", "late",
-    "error event", "time", "client gone", "down", "up", "up", "leaves",
+    "error event", "time", "client gone", "down", "up", "up", "leaves", "way closed", "other kind",
 )  # fmt: skip
 
 
@@ -351,6 +367,25 @@ def test_every_handoff_ends_once_and_every_ticket_is_settled_once(stream: bool, 
     for engine in [*world.engines, *world.fleet]:
         told = (engine.own_in_flight, engine.own_held, engine.own_queued, engine.own_coming, engine.own_pinned)
         assert told == (0, 0, 0, 0, 0), engine.url
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    events=st.lists(
+        st.tuples(st.sampled_from([one for one in EVENTS if one != "client gone"]), st.integers(0, 30)), max_size=30
+    )
+)
+def test_a_request_ends_by_itself_when_engines_are_well_again(stream: bool, events: list[tuple[str, int]]) -> None:
+    world = World(stream)
+    world.loop.pass_time(0)
+    for what, which in events:
+        world.do(what, which)
+    world.get_well()
+    assert world.sink.ends + len(world.sink.failures) == 1, world.pair.state
+    assert [one.reason for one in world.sink.failures if one.reason == "no_room"] == [], "it is in nobody's way"
+    assert world.pool.open == []
+    assert len(world.desk.waiting) == 0
 
 
 @given(

@@ -101,8 +101,9 @@ class Desk:
     # choosing
 
     def choose(
-        self, role: Role, asked: Prompt, refused: Sequence[Engine] = (), prefill: Engine | None = None
-    ) -> Engine | None:
+        self, role: Role, asked: Prompt, refused: Sequence[Engine] = (), prefill: Engine | None = None,
+        closed: bool = False,
+    ) -> Engine | None:  # fmt: skip
         """Choose a healthy engine, or None when there is none.
 
         An engine without room for the request is only chosen when all are (`has_room`).
@@ -112,14 +113,16 @@ class Desk:
             asked: the request.
             refused: engines not to be chosen.
             prefill: the other end of the handoff; its way to the chosen engine must be open.
+            closed: whether it may be closed too, as long as the engines are of one kind.
         """
         if self.pool.rows is not None:
             self.pool.rows.refresh()
         candidates = self.fleet.healthy(role)
         if refused or prefill is not None:
+            fits = self.fleet.compatible if closed else self.fits
             candidates = [
                 engine for engine in candidates
-                if engine not in refused and (prefill is None or self.fits(prefill, engine))
+                if engine not in refused and (prefill is None or fits(prefill, engine))
             ]  # fmt: skip
         return self._roomy(role, asked, candidates) if candidates else None
 

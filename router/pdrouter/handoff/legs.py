@@ -31,7 +31,7 @@ class Handoff:
         """A quiet engine has answered."""
         raise NotImplementedError
 
-    def not_greeted(self, engine: Engine) -> None:
+    def not_greeted(self, engine: Engine, error: UpstreamError) -> None:
         """A quiet engine has not answered."""
         raise NotImplementedError
 
@@ -106,7 +106,7 @@ class Greeting:
     def failed(self, error: UpstreamError) -> None:
         """It has not."""
         self.over = True
-        self._handoff.not_greeted(self._engine)
+        self._handoff.not_greeted(self._engine, error)
 
     def late(self) -> None:
         """It takes too long."""

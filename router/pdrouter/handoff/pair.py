@@ -163,6 +163,9 @@ class Pair(Handoff):
         if self.state is State.SETTLED:
             return
         self.state = State.WAITING
+        if self._ticket is not None and self._ticket.cause is None:
+            self._hand_over_to_another()
+            return
         desk = self._desk
         asked = self._asked
         decode = desk.choose(Role.DECODE, asked, self._refused)
@@ -341,15 +344,17 @@ class Pair(Handoff):
         assert ticket is not None
         assert prefill is not None
         self._reserve(None)
+        ticket.handed = False
         other = prefill if desk.picky else None
         decode = desk.choose(Role.DECODE, self._asked, self._refused, other) or otherwise
-        if decode is None:  # one that has failed this request before is better than a second prefill
-            decode = desk.choose(Role.DECODE, self._asked, (), other)
+        if decode is None:  # one that has failed this request, or a closed way, is better than a second prefill
+            decode = desk.choose(Role.DECODE, self._asked, (), other, closed=True)
         if decode is None:
-            self._give_back(Cause.RELEASED)
             if not desk.fleet.healthy(Role.DECODE):
+                self.state = State.WAITING
                 self._wait(Role.DECODE)
             else:
+                self._give_back(Cause.RELEASED)
                 message = f"No decode engine can fetch from {prefill.url}; see /debug/edges."
                 self._again(None, leg_failure(503, Role.DECODE, "no_way", message))
             return
@@ -376,12 +381,17 @@ class Pair(Handoff):
             self._call = None
             self._hand_over(engine, self._ticket, True)
 
-    def not_greeted(self, engine: Engine) -> None:
-        """A decode engine that was quiet has not answered; it has not seen the ticket."""
-        if self.state is State.GREETING:
-            self._call = None
-            self._refused.append(engine)
-            self._hand_over_to_another()
+    def not_greeted(self, engine: Engine, error: UpstreamError) -> None:
+        """A decode engine that was quiet has not answered; it has not seen the ticket, which another may have."""
+        if self.state is not State.GREETING:
+            return
+        self._call = None
+        self.state = State.WAITING
+        if isinstance(error, ConnectError):
+            self._desk.broken(engine, error)
+        # Where there is no other it is asked again, but not all the time.
+        self._desk.later(self, 3 if engine in self._refused else 0)
+        self._refused.append(engine)
 
     def _tells_ids(self) -> bool:
         """Begin to follow a stream that could go on elsewhere; tell whether ids must be asked for."""
@@ -486,7 +496,6 @@ class Pair(Handoff):
             if ticket is None or self._alone:
                 self._start_over()
                 return
-            ticket.handed = False
             self._hand_over_to_another()
             return
         self._decode_lost(engine, failure, isinstance(error, StalledError))
@@ -495,7 +504,7 @@ class Pair(Handoff):
         """Decode failed with the request in its hands; an engine that only stalled may go on with it one day."""
         ticket = self._ticket
         if ticket is not None and ticket.cause is None:
-            if self._desk.fleet.may_serve(engine):
+            if self._desk.fleet.may_serve(engine) and engine.failures == 1:  # it served others before this
                 self._desk.edges.failed(ticket.prefill, engine, failure.reason)
             if may_wake:
                 # It may wake and fetch by this ticket, so the blocks had better stay until the lease ends.

@@ -99,11 +99,8 @@ class Release:
         if not prefill.healthy:
             self.ledger.settle(ticket, cause)
             return
-        engines: list[Engine] = [
-            one for one in self._fleet.healthy(Role.DECODE)
-            if not self._edges.closed(prefill, one) and self._fleet.compatible(prefill, one)
-        ]  # fmt: skip
-        engines.sort(key=lambda one: not self.met(prefill, one))
+        engines = [one for one in self._fleet.healthy(Role.DECODE) if self._fleet.compatible(prefill, one)]
+        engines.sort(key=lambda one: (self._edges.closed(prefill, one), not self.met(prefill, one)))
         _Giving(self, ticket, body, cause, engines[:3]).send()
 
     def met(self, prefill: Engine, decode: Engine) -> bool:
