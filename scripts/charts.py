@@ -22,9 +22,9 @@ NAMESPACE = "vllm-router-pd-llama31"
 CHART_SETS = frozenset(
     "vllm_pd_disaggregation prefill decode prefill_dns decode_dns prefill_selector decode_selector "
     "service_discovery_namespace service_discovery_port host port prometheus_host prometheus_port admin_host "
-    "admin_port drain_timeout_secs tls_cert_file tls_key_file api_key api_key_file".split()
+    "admin_port drain_timeout_secs tls_cert_file tls_key_file api_key api_key_file share_ports".split()
 )
-"""Settings of the router that its chart sets from other values."""
+"""Settings of the router that its chart sets from other values, or that mean nothing in a pod."""
 
 
 def router_settings() -> str:

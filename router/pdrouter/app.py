@@ -151,7 +151,7 @@ class Router:
             ListenError: a port is taken.
         """
         settings = self._settings
-        shared = self._siblings is not None
+        shared = settings.share_ports or self._siblings is not None
         tls = None
         if self._certificate is not None:
             tls = self._certificate.context
@@ -276,4 +276,4 @@ def main() -> None:
     ]
     if settings.admin_port is not None:
         ports.append((settings.admin_host, settings.admin_port, "--admin-port"))
-    Workers(settings.workers, ports, lambda worker: _serve_one_of(settings, worker)).run()
+    Workers(settings.workers, ports, lambda worker: _serve_one_of(settings, worker), settings.share_ports).run()

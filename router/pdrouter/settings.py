@@ -57,6 +57,7 @@ class Settings:
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None
     workers: int = 1
+    share_ports: bool = False
     log_level: str = "info"
     log_format: Literal["text", "json"] = "text"
     debug_routing: int = 128

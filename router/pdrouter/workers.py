@@ -241,17 +241,21 @@ class Siblings:
 class Workers:
     """Starts workers and keeps as many running as there should be."""
 
-    def __init__(self, count: int, ports: list[tuple[str, int, str]], serve: Callable[[Worker], None]) -> None:
+    def __init__(
+        self, count: int, ports: list[tuple[str, int, str]], serve: Callable[[Worker], None], shared: bool = False
+    ) -> None:
         """Prepare.
 
         Args:
             count: how many.
             ports: address, port and flag of each port that the workers share.
             serve: what a worker does until it is told to end; it may raise SystemExit.
+            shared: whether another router may have the ports too, as one that ends has for a while.
         """
         self._count = count
         self._ports = ports
         self._serve = serve
+        self._shared = shared
         self._table = Table(count)
         self._numbers: dict[int, int] = {}
         self._started: dict[int, float] = {}
@@ -328,7 +332,9 @@ class Workers:
         _log.warning("worker=%d ended code=%d; starting another%s", number, code, " in 1 s" if early else "")
 
     def _hold_ports(self) -> None:
-        """See that nobody else has the ports, and keep them: a port that is shared would let others join in silently.
+        """See that nobody else has the ports, and keep them.
+
+        A port that is shared lets others join in silently, so that is only done without looking when it is asked for.
 
         The sockets never listen, so they get no connections.
         """
@@ -337,7 +343,7 @@ class Workers:
                 for family, kind, protocol, _, address in socket.getaddrinfo(
                     host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
                 ):
-                    for shared in (False, True):
+                    for shared in (True,) if self._shared else (False, True):
                         self._held.append(socket.socket(family, kind, protocol))
                         if family == socket.AF_INET6:
                             self._held[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

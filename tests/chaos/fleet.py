@@ -170,11 +170,14 @@ class Fleet:
         self._excused |= self._running
 
     async def under_load(
-        self, faults: Any, clients: int = 16, seed: int = 1, tokens: tuple[int, ...] = (4, 40, 120)
+        self, faults: Any, clients: int = 16, seed: int = 1, tokens: tuple[int, ...] = (4, 40, 120), keep: bool = True
     ) -> None:
-        """Let clients send one request after another until `faults` (a coroutine) is over."""
+        """Let clients send one request after another until `faults` (a coroutine) is over.
+
+        With `keep` they keep their connections, else each request has its own.
+        """
         made = requests(seed, tokens)
-        limits = httpx.Limits(max_connections=clients + 4)
+        limits = httpx.Limits(max_connections=clients + 4, max_keepalive_connections=None if keep else 0)
         async with httpx.AsyncClient(timeout=120, limits=limits) as client:
 
             async def one() -> None:

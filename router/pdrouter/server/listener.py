@@ -3,9 +3,11 @@
 import asyncio
 import errno
 import logging
+import os
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 from pdrouter.deadlines import Deadlines
@@ -16,6 +18,7 @@ from pdrouter.server.request import ClientRequest
 
 _log = logging.getLogger(__name__)
 _SEND_BUFFER = 256 * 1024
+_YOUNG = 1.0  # seconds that a client has from its connection to its first request before an ending router closes
 
 
 class ListenError(Exception):
@@ -55,7 +58,9 @@ class Listener:
         self.body = Deadlines(loop, limits.body_seconds)
         self.write = Deadlines(loop, limits.write_seconds)
         self._handler = handler
-        self._connections: set[ClientConnection] = set()
+        self._loop = loop
+        self._tls: ssl.SSLContext | None = None
+        self._connections: dict[ClientConnection, float] = {}
         self._of_client: dict[str, int] = {}
         self._crowd: set[ClientConnection] = set()
         self._server: Any = None  # asyncio's or uvloop's server: their sockets are of different types
@@ -76,10 +81,10 @@ class Listener:
         Raises:
             ListenError: the address is taken or not of this machine; `flag` is what chooses the port.
         """
-        loop = asyncio.get_running_loop()
+        self._tls = tls
         try:
-            self._server = await loop.create_server(
-                lambda: cast(asyncio.Protocol, ClientConnection(self, self._handler)),
+            self._server = await self._loop.create_server(
+                self._made,
                 host,
                 port,
                 backlog=4096,
@@ -98,6 +103,9 @@ class Listener:
             # Connections inherit it. The kernel would take up to 4 MB for each client that reads too slowly.
             one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
+    def _made(self) -> asyncio.Protocol:
+        return cast(asyncio.Protocol, ClientConnection(self, self._handler))
+
     @property
     def port(self) -> int:
         """The port that is listened on; it differs from the one asked for when that was 0."""
@@ -107,7 +115,7 @@ class Listener:
 
     def joined(self, connection: ClientConnection, client: str) -> bool:
         """A connection is open; tell whether it may stay."""
-        self._connections.add(connection)
+        self._connections[connection] = self._loop.time()
         of_client = self._of_client.get(client, 0) + 1
         self._of_client[client] = of_client
         limits = self.limits
@@ -122,7 +130,7 @@ class Listener:
 
     def left(self, connection: ClientConnection, client: str) -> None:
         """A connection is closed."""
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
         if self._crowd:
             self._crowd.discard(connection)
             self.turned_away = len(self._crowd)
@@ -152,9 +160,13 @@ class Listener:
         """Accept no more, let requests finish for some time; give how many connections had to be cut."""
         self.draining = True
         if self._server is not None:
-            self._server.close()
-        for connection in list(self._connections):
-            connection.close_if_idle()
+            await self._stop_listening(seconds)
+        old = self._loop.time() - _YOUNG
+        for connection, since in list(self._connections.items()):
+            if since < old:
+                connection.close_if_idle()
+        # Who has just connected is about to send a request.
+        late = self._loop.call_later(_YOUNG, self._close_idle)
         if self._connections:
             self._empty.clear()
             try:
@@ -162,9 +174,42 @@ class Listener:
                     await self._empty.wait()
             except TimeoutError:
                 pass
+        late.cancel()
         left = len(self._connections)
         for connection in list(self._connections):
             connection.abort()
         for deadlines in (self.idle, self.head, self.body, self.write):
             deadlines.close()
         return left
+
+    def _close_idle(self) -> None:
+        for connection in list(self._connections):
+            connection.close_if_idle()
+
+    async def _stop_listening(self, seconds: float) -> None:
+        """Close the listening sockets, and serve who is connected without having been accepted yet.
+
+        The kernel resets these connections when the last descriptor of a socket is closed.
+        """
+        queues = [socket.socket(fileno=os.dup(one.fileno())) for one in self._server.sockets]
+        self._server.close()
+        accepted: list[socket.socket] = []
+        for queue in queues:
+            with queue:
+                queue.setblocking(False)
+                with suppress(OSError):  # BlockingIOError: there is nobody left
+                    while True:
+                        accepted.append(queue.accept()[0])
+        limit = self.limits.head_seconds if self._tls is not None else None
+        connecting = [
+            self._loop.create_task(
+                self._loop.connect_accepted_socket(self._made, one, ssl=self._tls, ssl_handshake_timeout=limit)
+            )
+            for one in accepted
+        ]
+        if connecting:
+            await asyncio.wait(connecting, timeout=seconds)
+            for task in connecting:
+                task.cancel()
+                with suppress(asyncio.CancelledError, OSError):  # it is gone, or TLS was not agreed upon
+                    await task

@@ -1,0 +1,88 @@
+"""A router that ends serves everybody who has reached it, and nobody new."""
+
+import asyncio
+import json
+import socket
+import ssl
+from pathlib import Path
+
+import pytest
+import trustme
+
+from router.fakes import Bed, ask, read_answer, routed, run, until, wire
+
+REQUEST = wire("POST", "/v1/completions", json.dumps({"model": "tiny", "prompt": "hi"}).encode())
+
+
+def connected(bed: Bed) -> socket.socket:
+    """Connect without giving the router time to notice."""
+    return socket.create_connection(("127.0.0.1", bed.router.public.port), 5)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_who_is_connected_and_not_yet_accepted_is_served(secure: bool, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    told: dict[str, str] = {}
+    if secure:
+        leaf = authority.issue_cert("127.0.0.1")
+        leaf.private_key_pem.write_to_path(tmp_path / "key")
+        leaf.cert_chain_pems[0].write_to_path(tmp_path / "cert")
+        told = {"tls_cert_file": str(tmp_path / "cert"), "tls_key_file": str(tmp_path / "key")}
+
+    async def main() -> None:
+        async with routed(**told) as bed:
+            sockets = [connected(bed) for _ in range(3)]
+            draining = asyncio.ensure_future(bed.router.public.drain(10))
+            context = None
+            if secure:
+                context = ssl.create_default_context()
+                authority.configure_trust(context)
+            for one in sockets:
+                one.setblocking(False)
+                name = "127.0.0.1" if secure else None
+                reader, writer = await asyncio.open_connection(sock=one, ssl=context, server_hostname=name)
+                writer.write(REQUEST)
+                answer = await read_answer(reader)
+                assert (answer.status, answer.headers["connection"]) == (200, "close")
+                writer.close()
+            assert await draining == 0
+
+    run(main)
+
+
+def test_who_has_just_connected_may_send_a_request_and_who_kept_a_connection_may_not() -> None:
+    async def main() -> None:
+        async with routed() as bed:
+            port = bed.router.public.port
+            kept, keeper = await bed.connect()
+            keeper.write(REQUEST)
+            assert (await read_answer(kept)).status == 200
+            connections = bed.router.public._connections
+            for one in connections:
+                connections[one] -= 5  # it has been open for some time
+            reader, writer = await bed.connect()
+            await until(lambda: len(connections) == 2, "both are accepted")
+            draining = asyncio.ensure_future(bed.router.public.drain(10))
+            assert await kept.read() == b"", "an idle connection is closed"
+            with pytest.raises(ConnectionRefusedError):
+                await ask(port, "GET", "/health")
+            writer.write(REQUEST)
+            answer = await read_answer(reader)
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+            assert await draining == 0
+            writer.close()
+            keeper.close()
+
+    run(main)
+
+
+def test_who_connected_and_sends_nothing_holds_a_router_up_for_a_second_only() -> None:
+    async def main() -> None:
+        async with routed() as bed:
+            reader, writer = await bed.connect()
+            await until(lambda: bed.router.public._connections, "it is accepted")
+            assert await bed.router.public.drain(20) == 0, "closed, not cut"
+            assert await reader.read() == b""
+            writer.close()
+
+    run(main)
