@@ -15,7 +15,7 @@ from pdrouter.server.limits import Limits
 from pdrouter.server.request import ClientRequest
 
 _log = logging.getLogger(__name__)
-_SEND_BUFFER = 256 * 1024
+_SEND_BUFFER = 128 * 1024  # bytes; Linux doubles it
 
 
 class ListenError(Exception):
