@@ -166,10 +166,10 @@ class Ordinary:
         await reader.readexactly(int(told.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
         return "200"
 
-    async def _client(self, number: int) -> None:
+    async def _client(self, number: int, until: float) -> None:
         reader, writer = await asyncio.open_connection(self._host, PUBLIC)
         try:
-            while True:
+            while time.perf_counter() < until:
                 number += 1
                 began = time.perf_counter()
                 async with asyncio.timeout(30):
@@ -186,15 +186,9 @@ class Ordinary:
             writer.close()
 
     async def run(self, seconds: float) -> None:
-        """Send requests for some seconds."""
-        clients = [asyncio.ensure_future(self._client(number)) for number in range(AT_ONCE)]
-        await asyncio.sleep(seconds)
-        for client in clients:
-            client.cancel()
-        ended = await asyncio.gather(*clients, return_exceptions=True)
-        for one in ended:
-            if isinstance(one, Exception):
-                self.outcomes[type(one).__name__] += 1
+        """Send requests for some seconds; those that are under way then are waited for."""
+        until = time.perf_counter() + seconds
+        await asyncio.gather(*(self._client(number, until) for number in range(AT_ONCE)))
 
 
 # processes
