@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-attack compiled chaos churn referee upstream-tests test-engines docs clean
+.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-attack fuzz compiled chaos churn referee upstream-tests test-engines docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,8 +56,13 @@ compiled: setup ## The router compiled by mypyc, in .build/router (half a minute
 bench-router: setup ## CPU, latency and memory of the router beside vllm-router and nginx (10 minutes; REPORT=docs/performance.md writes the table there)
 	@$(BIN)/python bench/router/run.py $(if $(REPORT),--report $(REPORT))
 
-bench-attack: compiled ## What attacks cost other clients: p99 of ordinary requests without and with each attack
-	@$(BIN)/python bench/router/attack.py
+bench-attack: setup ## What attacks cost other clients: p99 of ordinary requests without and with each (5 minutes; REPORT=docs/security.md writes the table there)
+	@$(BIN)/python bench/router/attack.py $(if $(REPORT),--report $(REPORT))
+
+FUZZ_SECONDS ?= 600
+fuzz: setup ## Fuzz the router's request path, guided by coverage and not (FUZZ_SECONDS=600)
+	@VIRTUAL_ENV= $(UV) sync --quiet --frozen --inexact --all-packages --group fuzz --python $(BIN)/python || echo "fuzz: going on without Atheris"
+	@$(BIN)/python scripts/fuzz.py --seconds $(FUZZ_SECONDS)
 
 chaos: setup ## Five minutes of faults under load, every text compared (CHAOS_SEED=N for another order, CHAOS_SECONDS for another time)
 	@CHAOS_SECONDS=$${CHAOS_SECONDS:-300} $(BIN)/pytest -q -s --timeout=1800 tests/chaos/test_schedule.py

@@ -35,7 +35,7 @@ from rich.table import Table
 console = Console(highlight=False)
 PUBLIC, METRICS, PREFILL, DECODE = 10001, 29000, 8000, 8200
 AT_ONCE = 8  # ordinary requests under way
-LEAD = 2.0  # seconds until an attack's connections are open and its buffers full
+MOST_LEAD = 10.0  # seconds after an attack's connections are open, in which its buffers become full
 PAUSE = 0.01  # seconds between an ordinary client's answer and its next request
 _BODY = b'{"model":"tiny","prompt":"an ordinary prompt of a few words","max_tokens":8,"stream":%b}'
 _TICKET = {
@@ -52,7 +52,7 @@ def _answer(text: str) -> bytes:
     return json.dumps({"id": "c", "model": "tiny", "choices": choices, "usage": _USAGE}).encode()
 
 
-_SMALL, _LARGE = _answer("x"), _answer("x" * 1_000_000)
+_SMALL, _LARGE = _answer("x"), _answer("x" * 256_000)
 
 
 # engines
@@ -123,7 +123,7 @@ class Engine(asyncio.Protocol):
         event = b'data: {"id":"c","choices":[{"index":0,"text":"%b"}]}\n\n' % (b"x" * (16_000 if endless else 4))
         chunk = b"%x\r\n%b\r\n" % (len(event), event)
         if endless:  # at once what buffers on the way take, so that all are full soon
-            self._transport.write(chunk * 64)
+            self._transport.write(chunk * 40)
         while endless and not self._transport.is_closing():
             await self._going.wait()
             self._transport.write(chunk)
@@ -166,10 +166,10 @@ class Ordinary:
         await reader.readexactly(int(told.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
         return "200"
 
-    async def _client(self, number: int) -> None:
+    async def _client(self, number: int, until: float) -> None:
         reader, writer = await asyncio.open_connection(self._host, PUBLIC)
         try:
-            while True:
+            while time.perf_counter() < until:
                 number += 1
                 began = time.perf_counter()
                 async with asyncio.timeout(30):
@@ -186,15 +186,9 @@ class Ordinary:
             writer.close()
 
     async def run(self, seconds: float) -> None:
-        """Send requests for some seconds."""
-        clients = [asyncio.ensure_future(self._client(number)) for number in range(AT_ONCE)]
-        await asyncio.sleep(seconds)
-        for client in clients:
-            client.cancel()
-        ended = await asyncio.gather(*clients, return_exceptions=True)
-        for one in ended:
-            if isinstance(one, Exception):
-                self.outcomes[type(one).__name__] += 1
+        """Send requests for some seconds; those that are under way then are waited for."""
+        until = time.perf_counter() + seconds
+        await asyncio.gather(*(self._client(number, until) for number in range(AT_ONCE)))
 
 
 # processes
@@ -226,13 +220,17 @@ def _behave(core: int | None, host: str, told: Connection) -> None:
         told.send((clients.seconds, clients.outcomes))
 
 
+async def _attacked(attack: Attack, host: str, told: Connection) -> Counter[str]:
+    target = Target(host, PUBLIC)
+    await go_on(attack, target, lambda: told.send("opened"), asyncio.to_thread(told.recv))
+    return target.answers
+
+
 def _attack(core: int | None, host: str, told: Connection) -> None:
     _be(core, 10)
     while asked := told.recv():
-        name, seconds = asked
-        target = Target(host, PUBLIC)
-        _run(go_on(next(one for one in ATTACKS if one.name == name), target, seconds))
-        told.send(target.answers)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            told.send(runner.run(_attacked(next(one for one in ATTACKS if one.name == asked), host, told)))
 
 
 class Helper:
@@ -330,10 +328,17 @@ def _measure(
     calm, _ = clients.told.recv()
     router.most()
     before = router.mib()
-    attackers.told.send((attack.name, seconds + LEAD + 0.2))
-    time.sleep(LEAD)
+    attackers.told.send(attack.name)
+    attackers.told.recv()
+    deadline = time.monotonic() + MOST_LEAD
+    grows = attack.fills
+    while grows and time.monotonic() < deadline:
+        mib = router.mib()
+        time.sleep(0.5)
+        grows = router.mib() > mib + 1
     clients.told.send(seconds)
     told, outcomes = clients.told.recv()
+    attackers.told.send(())
     answers = attackers.told.recv()
     most = router.most()
     failures = {outcome: count for outcome, count in outcomes.items() if outcome != "200"}

@@ -16,12 +16,17 @@ TRICKLE = 0.5  # seconds between two bytes of a slow client
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack: its name, how many connections it keeps open, and how much the router may grow by (MiB)."""
+    """An attack.
+
+    `mib` is how much the router may grow by, MiB; `fills` tells that the attack lies in buffers that have to be filled
+    first, which takes the router some seconds of work that an engine would never give it at once.
+    """
 
     name: str
     connections: int
     mib: float
     client: "Callable[[Target], Awaitable[None]]"
+    fills: bool = False
 
 
 class Target:
@@ -31,6 +36,7 @@ class Target:
         self.host = host
         self.port = port
         self.answers: Counter[str] = Counter()
+        self.connected: asyncio.Semaphore = asyncio.Semaphore(0)
 
     async def connect(self, unread: bool = False) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a connection; with `unread` its buffer is small and nothing is taken out of it."""
@@ -39,6 +45,7 @@ class Target:
         if unread:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await asyncio.get_running_loop().sock_connect(end, (self.host, self.port))
+        self.connected.release()
         return await asyncio.open_connection(sock=end, limit=1024)
 
     def note(self, answer: bytes) -> None:
@@ -167,9 +174,9 @@ ATTACKS = [
     Attack("slow heads", 1000, 64, _slow_head),
     Attack("slow bodies", 1000, 64, _slow_body),
     Attack("connections without requests", 1000, 64, _between),
-    Attack("slow readers of endless streams", 1000, 448, lambda target: _unread(target, b"endless")),
-    Attack("slow readers of 1 MB answers", 1000, 448, lambda target: _unread(target, b"whole")),
-    Attack("requests ahead, answers not taken", 200, 256, _ahead),
+    Attack("slow readers of endless streams", 1000, 448, lambda target: _unread(target, b"endless"), True),
+    Attack("slow readers of 256 KB answers", 1000, 448, lambda target: _unread(target, b"whole"), True),
+    Attack("requests ahead, answers not taken", 200, 256, _ahead, True),
     Attack("malformed requests", 64, 64, _malformed),
     Attack("heads of 110 headers, 24 KB", 32, 64, _repeats(lambda: HEALTH[:-2] + _MANY + b"\r\n")),
     Attack("heads over the limit", 32, 64, _repeats(lambda: HEALTH[:-2] + b"x: y\r\n" * 40_000)),
@@ -186,8 +193,15 @@ ATTACKS = [
 ]
 
 
-async def go_on(attack: Attack, target: Target, seconds: float) -> None:
-    """Keep an attack's connections busy for some seconds; a connection that is closed is opened again."""
+async def go_on(attack: Attack, target: Target, opened: Callable[[], None], over: Awaitable[object]) -> None:
+    """Keep an attack's connections busy; a connection that is closed is opened again.
+
+    Args:
+        attack: what to do.
+        target: to whom.
+        opened: called when all connections have been opened.
+        over: ends when it is enough.
+    """
 
     async def again() -> None:
         while True:
@@ -196,7 +210,11 @@ async def go_on(attack: Attack, target: Target, seconds: float) -> None:
             await asyncio.sleep(0.01)
 
     clients = [asyncio.ensure_future(again()) for _ in range(attack.connections)]
-    await asyncio.sleep(seconds)
+    async with asyncio.timeout(60):
+        for _ in range(attack.connections):
+            await target.connected.acquire()
+    opened()
+    await over
     for client in clients:
         client.cancel()
     await asyncio.gather(*clients, return_exceptions=True)

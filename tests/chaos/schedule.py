@@ -50,6 +50,11 @@ class Schedule:
             await asyncio.sleep(PAUSE)
         await self._well()
 
+    def stood(self, at: float) -> bool:
+        """Whether an engine stood still at a time (seconds since the epoch) or had just gone on."""
+        then = at - time.time() + time.monotonic()
+        return any(name in ("SIGSTOP", "hang") and began < then < end + 1 for name, began, end in self.windows)
+
     def told(self) -> str:
         """Tell for each fault how long the requests of its time were without a byte."""
         lines = [

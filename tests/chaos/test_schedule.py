@@ -11,6 +11,7 @@ SEED = int(os.environ.get("CHAOS_SEED", "1"))
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "30"))
 # What no router can prevent: a partner that is killed in the middle of a transfer, and blocks of a prefill whose answer
 # was lost (with its engine's connection, with a killed worker, or without the id by which it could be given back).
+# An engine that was stopped for as long as a lease reads what lies in its buffers when it goes on, long given up.
 UNAVOIDABLE = {"ticket_unreachable", "ticket_never_collected"}
 
 
@@ -29,4 +30,8 @@ def test_a_schedule_of_faults_costs_no_request_and_changes_no_text() -> None:
         bed.told()
         assert not different, f"{len(different)} of {len(bed.outcomes)}; the first: {different[0]}"
         bed.quiet()
-        assert [one for one in bed.violations() if one["rule"] not in UNAVOIDABLE] == []
+        assert [
+            one
+            for one in bed.violations()
+            if one["rule"] not in UNAVOIDABLE and not (one["rule"] == "ticket_expired" and schedule.stood(one["at"]))
+        ] == []

@@ -22,8 +22,9 @@ import uvloop
 from hypothesis import strategies as st
 
 from pdrouter.app import Router
+from pdrouter.openai.legs import WANT_TICKET
 from pdrouter.settings import Settings
-from router.fakes import Answer, until
+from router.fakes import TICKET, Answer, until
 from router.standing import CLOSING_HEALTH, Reached, Witness, read_answers
 
 # strategies
@@ -68,7 +69,9 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "messages": st.lists(st.fixed_dictionaries({"role": values, "content": values}), max_size=3) | values,
     "model": st.just("tiny") | values, "max_tokens": st.integers(-1, 9) | values, "n": st.integers(-1, 3) | values,
     "stream": st.booleans() | values, "user": values, "session_params": values, "echo": values, "logprobs": values,
-    "tools": values, "cache_salt": values, "kv_transfer_params": values, "vllm_xargs": values, "x": values,
+    "tools": values, "cache_salt": values, "kv_transfer_params": values,
+    "vllm_xargs": st.dictionaries(st.sampled_from(["kv_transfer_params", "ec_transfer_params", "a"]), values) | values,
+    "x": values,
     "max_completion_tokens": values, "min_tokens": values, "stream_options": values, "prompt_logprobs": values,
     "use_beam_search": values, "prompt_embeds": values, "ec_transfer_params": values, "return_token_ids": values,
 }  # fmt: skip
@@ -80,9 +83,13 @@ def bodies(draw: st.DrawFn) -> bytes:
     names = draw(st.lists(st.sampled_from(sorted(_FIELDS)), max_size=5, unique=True))
     told = {"prompt": "x"} | {name: draw(_FIELDS[name]) for name in names}
     try:
-        return orjson.dumps(told)
+        raw = orjson.dumps(told)
     except TypeError:  # an integer of more than 64 bits
-        return b'{"prompt":123456789012345678901234567890}'
+        raw = b'{"prompt":123456789012345678901234567890}'
+    depth = draw(st.sampled_from([0] * 20 + [98, 99, 253, 254, 1022, 1023]))
+    if depth:
+        raw = b'%b,"%b":%b}' % (raw[:-1], draw(st.sampled_from([b"x", b"tools"])), b"[" * depth + b"]" * depth)
+    return raw
 
 
 @st.composite
@@ -218,6 +225,20 @@ def made_of(reached: Reached, sent: Sequence[Reached]) -> bool:
     return False
 
 
+def _routers_own(reached: Reached) -> bool:
+    """Tell whether what leads an engine elsewhere is the router's and not a client's."""
+    try:
+        told = orjson.loads(reached.body)
+    except orjson.JSONDecodeError:
+        return True
+    if not isinstance(told, dict):
+        return True
+    extra = told.get("vllm_xargs")
+    named = {"kv_transfer_params", "ec_transfer_params"} & set(extra if isinstance(extra, dict) else ())
+    ticket = told.get("kv_transfer_params", TICKET)
+    return ticket in (dict(WANT_TICKET), TICKET) and "ec_transfer_params" not in told and not named
+
+
 class Trap(logging.Handler):
     """Keeps what says that something failed inside the router."""
 
@@ -325,6 +346,7 @@ class Played:
         for engine in self.engines:
             for reached in engine.reached:
                 assert made_of(reached, told.requests), (reached, told.requests)
+                assert _routers_own(reached), reached
                 names = [name for name, _ in reached.headers]
                 assert names.count("host") == names.count("content-length") == names.count("x-request-id") == 1
 

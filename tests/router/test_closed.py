@@ -5,8 +5,10 @@ router process. What counts is not only the answer but what the engines saw: `MA
 the router must not have understood as one.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -358,3 +360,16 @@ def test_trace_and_errors_show_nothing_of_a_request(bed: Standing):
         assert b"s3cret" not in wire.rest()
         wire.close()
     assert "s3cret" not in bed.log()
+
+
+def test_the_page_about_security_names_tests_that_there_are():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "security.md").read_text(encoding="utf-8")
+    there = {
+        name for path in (root / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }  # fmt: skip
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 40
+    assert named <= there
+    assert f"{len(CASES)} cases" in page

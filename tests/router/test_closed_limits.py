@@ -270,7 +270,6 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_and_its_engine_let_go(
 
 def test_answers_that_clients_do_not_take_have_a_largest_size_together():
     with standing("--max-answer-memory", "60000000") as bed:
-        memory = psutil.Process(bed.router.process.pid).memory_info
         bed.decode.answer = b'{"choices":[{"index":0,"text":"%b"}]}' % (b"x" * 20_000_000)
         wires = [bed.wire(buffer=4096) for _ in range(15)]
         for wire in wires:
@@ -279,7 +278,6 @@ def test_answers_that_clients_do_not_take_have_a_largest_size_together():
         until(lambda: bed.metric("pd_router_requests_running") == 0, 20, "all are answered")
         cut = bed.log().count("clients take too little")
         assert 8 <= cut <= 12, "of each 20 MB wait, less what the kernel took"
-        until(lambda: memory().rss < 200 * 1024 * 1024, 20, "what was for them is given back")
         bed.decode.answer = None
         bed.serves()
         whole = [read_answers(wire.rest())[0].complete for wire in wires]

@@ -15,7 +15,7 @@ from router.streams import Played, bodies, spoilt, streams
 from router.test_closed import CASES
 
 BUDGET = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "300")), deadline=None, database=None,
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "400")), deadline=None, database=None,
     derandomize="FUZZ_EXAMPLES" not in os.environ, suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 

@@ -19,8 +19,8 @@ _addresses = itertools.count(1)
 
 def new_address() -> str:
     """Give a loopback address that no other test process of this machine uses."""
-    number = next(_addresses)
-    return f"127.{100 + os.getpid() % 100}.{os.getpid() // 100 % 250 + 1}.{number}"
+    third, last = divmod(os.getpid() // 100 * 1000 + next(_addresses), 250)
+    return f"127.{100 + os.getpid() % 100}.{third % 250 + 1}.{last + 1}"
 
 
 def until(condition: Callable[[], Any], seconds: float = 20.0, what: str = "") -> Any:

@@ -25,7 +25,7 @@ _LINGERING = 64  # connections beyond the limit that are kept until their client
 _JSON = b"content-type: application/json\r\n"
 _SMALL = 65536  # bytes of a body that are read from anybody and counted nowhere
 _PIECES = 1024  # pieces of a body that are kept apart: an object for each tiny chunk takes many times its bytes
-_SLICE = 2048  # bytes beside a body that are parsed at once
+_SLICE = 4096  # bytes beside a body that are parsed at once
 _TURN = 256  # what a connection may cost in a turn of the loop: a piece of a body is 1
 _REQUEST = 8  # what a request costs
 _GATHERED = 65536  # bytes that are gathered before they are written: an engine may send megabytes in a turn
@@ -402,17 +402,22 @@ class ClientConnection:
         """
         self._work = 0
         self._feeding = True
-        while data and not (self._discarding or self._closing or self._refusal is not None):
+        left: bytes | memoryview = data
+        while left and not (self._discarding or self._closing or self._refusal is not None):
             if self._waiting or self._slow or self._work >= _TURN:
-                self._rest = data
+                self._rest = bytes(left)
                 self._stop_reading()
                 break
-            size = self._slice()
-            if len(data) <= size:
-                data = self._parse(data)
+            size = _SLICE
+            request = self._receiving
+            if request is not None and request.length > request.received:
+                size += request.length - request.received  # what is known to be its body
+            if len(left) <= size:
+                left = self._parse(left)
             else:
-                again = self._parse(data[:size])
-                data = again + data[size:] if again else data[size:]
+                left = memoryview(left)
+                again = self._parse(left[:size])
+                left = again + left[size:] if again else left[size:]
         self._feeding = False
         if self._current is not None:
             self._read_on()
@@ -421,17 +426,12 @@ class ClientConnection:
         elif self._work or self._paused or self._receiving is not None or self._refusal is not None:
             self._proceed()
 
-    def _slice(self) -> int:
-        """Give how many bytes may be parsed at once: what is known to be a body, and a little more."""
-        request = self._receiving
-        return _SLICE if request is None else _SLICE + max(0, request.length - request.received)
-
     def _feed_rest(self) -> None:
         data, self._rest = self._rest, b""
         if data and self._transport is not None:
             self._feed(data)
 
-    def _parse(self, data: bytes) -> bytes:
+    def _parse(self, data: bytes | memoryview) -> bytes:
         """Parse; give what has to be parsed anew."""
         self._completed = False
         try:
@@ -467,7 +467,7 @@ class ClientConnection:
         if request.raw - request.received > 2 * limits.head + request.received:
             self._refusal = (413, "The request has more in chunk sizes, extensions and trailers than in its body.")
 
-    def _decline_upgrade(self, rest: bytes) -> bytes:
+    def _decline_upgrade(self, rest: bytes | memoryview) -> bytes:
         """Serve a request that offers another protocol as if it had not (RFC 9110 section 7.8 allows that).
 
         Clients of Java offer HTTP/2 with every request. The parser has stopped before the body, so a new one reads the
@@ -486,7 +486,7 @@ class ClientConnection:
             elif name != b"upgrade":
                 lines += b"%b: %b\r\n" % (name, value)
         version = b"1.0" if request.old else b"1.1"
-        return b"%b %b HTTP/%b\r\n%b\r\n%b" % (request.method, request.target, version, lines, rest)
+        return b"%b %b HTTP/%b\r\n%b\r\n%b" % (request.method, request.target, version, lines, bytes(rest))
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer a request that cannot be taken, and close.

@@ -17,7 +17,7 @@ from pdrouter.server.limits import Limits
 from pdrouter.server.request import ClientRequest
 
 _log = logging.getLogger(__name__)
-_SEND_BUFFER = 256 * 1024
+_SEND_BUFFER = 128 * 1024  # bytes; Linux doubles it
 _YOUNG = 1.0  # seconds that a client has from its connection to its first request before an ending router closes
 
 
