@@ -11,7 +11,7 @@ from support.processes import Process, engine
 from support.requests import CHAT
 
 from .control_plane import ControlPlane
-from .releases import ENGINES, MODEL, Releases
+from .releases import ENGINES, MODEL, ROUTER, Releases
 
 ENGINES_OF, ROUTER_OF = "ms-tiny", "router"
 
@@ -65,7 +65,7 @@ def served(cluster: ControlPlane, namespace: str) -> Served:
     """Give 2 prefill and 3 decode engines behind a router, all from the charts, all Ready."""
     releases = Releases(cluster, namespace)
     releases.engines(ENGINES_OF, 2, 3)
-    releases.router(ROUTER_OF, ENGINES_OF)
+    releases.router(ROUTER_OF, ENGINES_OF, config=ROUTER["config"] | {"log_level": "debug"})
     releases.until_ready(ENGINES_OF, 5)
     releases.until_ready(ROUTER_OF, 1)
     made = Served(releases)
@@ -131,6 +131,9 @@ def test_an_api_server_that_is_away_costs_no_request_and_what_changed_is_learned
         await asyncio.to_thread(served.until_known, 2, 3)
 
     served.under_load(work)
+    assert "no longer has the changes since the last one; reading all anew" in here.kubectl(
+        "logs", f"deploy/{ROUTER_OF}"
+    )
 
 
 def test_a_router_without_its_role_says_which_rule_is_missing_and_is_not_ready(
