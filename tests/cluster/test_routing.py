@@ -48,7 +48,7 @@ class Served:
         bed = Fleet([], [], self.plain, Process([], f"http://{self.router}:10001"))
 
         async def main() -> list[str]:
-            await bed.under_load(work(), clients=6)
+            await bed.under_load(work(), clients=4)
             return await bed.compare()
 
         with self.plain:
