@@ -8,7 +8,7 @@ import yaml
 
 from charts.variants import VARIANTS
 
-from .control_plane import ControlPlane
+from .control_plane import Cluster
 from .releases import Releases
 
 OPERATORS = {"PodMonitor", "ServiceMonitor", "PrometheusRule", "ScaledObject"}
@@ -18,7 +18,7 @@ PRIVILEGED = {"engines on InfiniBand", "engines on RoCE", "engines on EFA"}
 
 
 @pytest.fixture
-def restricted(cluster: ControlPlane, namespace: str) -> str:
+def restricted(cluster: Cluster, namespace: str) -> str:
     """Give a namespace of the restricted pod security level."""
     labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
     cluster.api.patch(
@@ -35,7 +35,7 @@ def _list(objects: list[Any]) -> str:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_api_takes_every_variant_and_pods_are_of_the_restricted_level(
-    variant: str, cluster: ControlPlane, restricted: str
+    variant: str, cluster: Cluster, restricted: str
 ) -> None:
     here = Releases(cluster, restricted)
     chart, *arguments = VARIANTS[variant]
@@ -53,9 +53,7 @@ def test_the_api_takes_every_variant_and_pods_are_of_the_restricted_level(
     assert violated == (variant in PRIVILEGED), taken.stderr
 
 
-def test_budgets_are_computed_and_an_upgrade_changes_only_what_it_is_told(
-    cluster: ControlPlane, namespace: str
-) -> None:
+def test_budgets_are_computed_and_an_upgrade_changes_only_what_it_is_told(cluster: Cluster, namespace: str) -> None:
     here = Releases(cluster, namespace)
     here.engines("ms-tiny", 2, 2)
     here.until_ready("ms-tiny", 4)
@@ -64,7 +62,7 @@ def test_budgets_are_computed_and_an_upgrade_changes_only_what_it_is_told(
     def allowed() -> list[int]:
         return [one["status"].get("disruptionsAllowed", 0) for one in cluster.items(budgets)]
 
-    cluster.programs.until(lambda: allowed() == [1, 1], "one pod of each role may be disrupted")
+    cluster.until(lambda: allowed() == [1, 1], "one pod of each role may be disrupted")
     pods = {one["metadata"]["uid"] for one in here.pods("ms-tiny")}
     here.engines("ms-tiny", 2, 3)
     here.until_ready("ms-tiny", 5)
@@ -73,9 +71,7 @@ def test_budgets_are_computed_and_an_upgrade_changes_only_what_it_is_told(
     here.until_ready("ms-tiny", 4)
 
 
-def test_what_an_uninstall_leaves_in_the_namespace_is_what_was_there_before(
-    cluster: ControlPlane, namespace: str
-) -> None:
+def test_what_an_uninstall_leaves_in_the_namespace_is_what_was_there_before(cluster: Cluster, namespace: str) -> None:
     here = Releases(cluster, namespace)
     kinds = "all,configmaps,secrets,serviceaccounts,roles,rolebindings,networkpolicies,pdb,endpointslices,pvc,hpa"
     before = here.kubectl("get", kinds, "-o", "name")
@@ -85,4 +81,4 @@ def test_what_an_uninstall_leaves_in_the_namespace_is_what_was_there_before(
     here.until_ready("router", 1)
     for release in ("router", "ms-tiny"):
         here.helm("uninstall", release, "--wait", "--cascade", "foreground")
-    cluster.programs.until(lambda: here.kubectl("get", kinds, "-o", "name") == before, "nothing is left")
+    cluster.until(lambda: here.kubectl("get", kinds, "-o", "name") == before, "nothing is left")
