@@ -358,7 +358,7 @@ def real_cluster() -> Iterator[RealCluster]:
         raise ClusterError(reason)
     with claimed_slot() as slot, folder_of(slot) as folder:
         names = images(folder)
-        remove_groups(slot)  # a session that was killed may have left them
+        remove_left_overs(slot)  # a session that was killed may have left them
         process = _started(folder, slot)
         try:
             deadline = time.monotonic() + 120
@@ -372,7 +372,7 @@ def real_cluster() -> Iterator[RealCluster]:
         finally:
             process.kill()
             process.wait()
-            remove_groups(slot)
+            remove_left_overs(slot)
 
 
 def _started(folder: pathlib.Path, slot: int) -> subprocess.Popen[bytes]:
@@ -390,7 +390,7 @@ def _started(folder: pathlib.Path, slot: int) -> subprocess.Popen[bytes]:
             if time.monotonic() > deadline:
                 raise ClusterError(f"unshare: {(folder / 'cluster.log').read_text()}")
             time.sleep(0.01)
-        link = f"pdctl{slot}"
+        link = outer_link(slot)
         _call("ip", "link", "add", link, "type", "veth", "peer", "name", "outside", "netns", str(children[0].pid))
         _call("ip", "addr", "add", f"10.252.{slot}.254/24", "dev", link)
         _call("ip", "link", "set", link, "up")
@@ -403,8 +403,20 @@ def _started(folder: pathlib.Path, slot: int) -> subprocess.Popen[bytes]:
     return process
 
 
-def remove_groups(slot: int) -> None:
-    """Remove the control groups of a slot's nodes; their processes are gone, or about to."""
+def outer_link(slot: int) -> str:
+    """Give the name of the interface that leads to the nodes; pods' and Services' routes go with it."""
+    return f"pdctl{slot}"
+
+
+def remove_left_overs(slot: int) -> None:
+    """Remove what does not go with the namespaces' processes: control groups, and the way in.
+
+    A network namespace lives on for a minute where a connection was cut, and with it an interface that leads there.
+
+    Raises:
+        ClusterError: something is still in use.
+    """
+    subprocess.run(["ip", "link", "del", outer_link(slot)], capture_output=True, check=False)
     deadline = time.monotonic() + 10
     while left := list(GROUPS.glob(f"*/pdctl-{slot}-gpu-*")):
         for group in left:

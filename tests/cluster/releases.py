@@ -90,6 +90,17 @@ class Releases:
         except ClusterError as error:
             raise AssertionError(f"{error}{self.told()}") from error
 
+    def until_restarted(self, pod: dict[str, Any], restarts: int, reason: str | None = None) -> None:
+        """Wait until a pod's container has restarted so many times and is Ready, and ended last for this reason."""
+
+        def restarted() -> bool:
+            told = self.cluster.api.get(f"/api/v1/namespaces/{self.namespace}/pods/{pod['metadata']['name']}").json()
+            [container] = told["status"]["containerStatuses"]
+            ended = container["lastState"].get("terminated", {}).get("reason")
+            return container["restartCount"] >= restarts and is_ready(told) and reason in (None, ended)
+
+        self.cluster.until(restarted, "the pod restarts and is Ready")
+
     def told(self) -> str:
         """Give the pods and the last events, for messages of tests."""
         pods = self.cluster.run("kubectl", "-n", self.namespace, "get", "pods", "-o", "wide").stdout

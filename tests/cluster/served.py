@@ -1,9 +1,12 @@
 """Engines and a router from the charts, seen as a client and as an operator see them."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import httpx
+import psutil
 
 from chaos.fleet import Fleet
 from support.processes import Process, engine
@@ -41,6 +44,17 @@ class Served:
             self.knows(router) == there[0] | there[1] for router in routers
         )
 
+    def kill(self, pod: dict[str, Any]) -> None:
+        """Kill the process of a fake node's pod, as a crash does."""
+        address = pod["status"]["podIP"]
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                listening = [one for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+                if any(one.laddr.ip == address for one in listening):
+                    process.kill()
+                    return
+        raise AssertionError(f"nobody listens at {address}")
+
     def under_load(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do something while clients ask; fail when a request fails or a text is not a plain engine's."""
         bed = Fleet([], [], self.plain, Process([], self.url))
@@ -53,6 +67,7 @@ class Served:
             different = asyncio.run(main())
         bed.told()
         assert len(bed.outcomes) > 20
-        assert not different, (
-            f"{len(different)} of {len(bed.outcomes)}; the first: {different[0]}{self.releases.told()}"
-        )
+        if different:
+            log = self.releases.kubectl("logs", "-l", "app.kubernetes.io/component=router", "--tail=40", "--prefix")
+            told = f"{different[0]}{self.releases.told()}\n{log}"
+            raise AssertionError(f"{len(different)} of {len(bed.outcomes)}; the first: {told}")

@@ -15,7 +15,7 @@ from support.requests import CHAT
 
 from .control_plane import ClusterError
 from .real_nodes import RealCluster, real_cluster, why_not
-from .releases import ENGINES, MODEL, ROUTER, Releases, is_ready
+from .releases import ENGINES, MODEL, ROUTER, Releases
 from .served import ENGINES_OF, ROUTER_OF, Served
 
 pytestmark = pytest.mark.timeout(900)  # images are built for it
@@ -114,18 +114,13 @@ def test_a_decode_engine_that_the_system_kills_for_its_memory_costs_no_request(s
     here = served.releases
     pod = here.pods(ENGINES_OF, "decode")[0]
 
-    def killed() -> bool:
-        [now] = [one for one in here.pods(ENGINES_OF, "decode") if one["metadata"]["uid"] == pod["metadata"]["uid"]]
-        [container] = now["status"]["containerStatuses"]
-        return container["lastState"].get("terminated", {}).get("reason") == "OOMKilled" and is_ready(now)
-
     async def work() -> None:
         await asyncio.sleep(1)
         fault = {"kind": "allocate", "bytes": 2**30}
         async with httpx.AsyncClient(trust_env=False) as client:
             with pytest.raises(httpx.HTTPError):
                 await client.post(f"http://{pod['status']['podIP']}:8200/sim/fault", json=fault)
-        await asyncio.to_thread(here.cluster.until, killed, "the pod was killed and is Ready again")
+        await asyncio.to_thread(here.until_restarted, pod, 1, "OOMKilled")
         await asyncio.to_thread(served.until_known, 4, 4)
 
     served.under_load(work)

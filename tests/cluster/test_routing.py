@@ -69,6 +69,21 @@ def test_a_rollout_of_all_engines_costs_no_request(served: Served) -> None:
     assert not before & {one["metadata"]["uid"] for one in here.pods(ENGINES_OF)}
 
 
+def test_decode_engines_that_are_killed_cost_no_request(served: Served) -> None:
+    """Unlike an engine at a fixed address, such an engine also leaves the router's list, and comes back to it."""
+    here = served.releases
+
+    async def work() -> None:
+        for _ in range(3):
+            pod = here.pods(ENGINES_OF, "decode")[0]
+            restarts = pod["status"]["containerStatuses"][0]["restartCount"]
+            served.kill(pod)
+            await asyncio.to_thread(here.until_restarted, pod, restarts + 1)
+            await asyncio.to_thread(served.until_known, 2, 3)
+
+    served.under_load(work)
+
+
 def test_an_api_server_that_is_away_costs_no_request_and_what_changed_is_learned_afterwards(served: Served) -> None:
     here = served.releases
     plane = here.cluster
