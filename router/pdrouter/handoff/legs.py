@@ -116,13 +116,13 @@ class Greeting:
 
 
 class PrefillLeg:
-    """Collects the prefill engine's answer."""
+    """Collects the prefill engine's answer; `handoff` hears of it, and may be another one at the end than at first."""
 
-    __slots__ = ("_chunks", "_handoff", "_headers", "_size", "_status", "engine")
+    __slots__ = ("_chunks", "_headers", "_size", "_status", "engine", "handoff")
 
     def __init__(self, handoff: Handoff, engine: Engine) -> None:
         self.engine = engine
-        self._handoff = handoff
+        self.handoff = handoff
         self._status = 0
         self._headers: Headers = []
         self._chunks: list[bytes] = []
@@ -136,7 +136,7 @@ class PrefillLeg:
         """Take a piece of the body."""
         self._size += len(data)
         if self._size > LARGEST:
-            self._handoff.prefill_too_large(self.engine)
+            self.handoff.prefill_too_large(self.engine)
             return
         self._chunks.append(data)
 
@@ -144,11 +144,11 @@ class PrefillLeg:
         """The answer is complete."""
         chunks = self._chunks
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        self._handoff.prefilled(self.engine, self._status, self._headers, body)
+        self.handoff.prefilled(self.engine, self._status, self._headers, body)
 
     def failed(self, error: UpstreamError) -> None:
         """No answer."""
-        self._handoff.prefill_failed(self.engine, error)
+        self.handoff.prefill_failed(self.engine, error)
 
 
 # What is done with a piece of decode's answer.
