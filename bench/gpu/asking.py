@@ -168,7 +168,7 @@ class Asking(AbstractContextManager["Asking"]):
             missing = (1 - int(answer.json()["count"])) % block
             if not missing:
                 return messages
-            said += " w7" * missing
+            said += " a" * missing
         raise RefusedError("no chat of the wished length could be made with this tokenizer")
 
 

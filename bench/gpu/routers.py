@@ -85,7 +85,7 @@ class Router(AbstractContextManager["Router"]):
         with self.log.open("ab") as log:
             log.write(f"\n$ {shlex.join(command)}\n".encode())
             log.flush()
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
         self._wait(model)
 
     def _wait(self, model: str) -> None:

@@ -5,71 +5,70 @@ on the whole prompt; vLLM's dummy weights are too small for that.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import httpx
 from asking import Asking, RefusedError, Told, told
 
 from engine import Engine, block_bytes, counted
 
 TOKENS = 24  # of each answer
+BATCH = "eight prompts in one request"
 BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # full blocks of each prompt, which is a token longer
 
 
-def _same(asking: Asking, routed: dict[str, Any], decode: Engine, body: dict[str, Any]) -> bool:
-    return told(routed) == told(asking.own(decode.url, body))
+def _compared(asking: Asking, routed: list[Told], decode: Engine, bodies: list[dict[str, Any]]) -> dict[str, Any]:
+    """Count the answers whose text, and whose log-probabilities too, are the decode engine's own."""
+    texts, probabilities = 0, 0
+    for answer, body in zip(routed, bodies, strict=True):
+        own = told(asking.own(decode.url, body))
+        texts += [text for text, _ in answer] == [text for text, _ in own]
+        probabilities += answer == own
+    return {"asked": len(bodies), "texts_equal": texts, "and_logprobs_equal": probabilities}
 
 
 def _whole(asking: Asking, url: str, decode: Engine, block: int) -> dict[str, Any]:
     """Texts and log-probabilities, and the bytes that were moved for them."""
     bodies = [asking.body(asking.ids(block * count + 1), TOKENS, logprobs=5) for count in BLOCKS]
     before = decode.counters()
-    routed = [asking.post(url, body) for body in bodies]
+    routed = [told(asking.post(url, body)) for body in bodies]
     moved = counted(before, decode.counters())
-    equal = [_same(asking, answer, decode, body) for answer, body in zip(routed, bodies, strict=True)]
     blocks = sum(count + 1 for count in BLOCKS)
     size = block_bytes(decode.model, block)
-    return {
-        "asked": len(bodies), "equal": sum(equal), "moved": moved, "blocks": blocks,
-        "bytes_expected": None if size is None else size * blocks,
-    }  # fmt: skip
+    expected = None if size is None else size * blocks
+    return _compared(asking, routed, decode, bodies) | {"moved": moved, "blocks": blocks, "bytes_expected": expected}
 
 
 def _streamed(asking: Asking, url: str, decode: Engine, block: int) -> dict[str, Any]:
-    equal = 0
-    for count in BLOCKS[:4]:
-        body = asking.body(asking.ids(block * count + 1), TOKENS)
-        from_stream = asking.post_stream(url, body)
-        equal += from_stream == told(asking.own(decode.url, body))[0][0]
-    return {"asked": 4, "equal": equal}
+    bodies = [asking.body(asking.ids(block * count + 1), TOKENS) for count in BLOCKS[:4]]
+    routed: list[Told] = [[(asking.post_stream(url, body), None)] for body in bodies]
+    return _compared(asking, routed, decode, bodies)
 
 
 def _chats(asking: Asking, url: str, decode: Engine, block: int) -> dict[str, Any]:
-    equal = 0
-    for count in BLOCKS[:4]:
-        body = asking.body(asking.chat(decode.url, block * count - 40, block), TOKENS, logprobs=True)
-        equal += _same(asking, asking.post(url, body), decode, body)
-    return {"asked": 4, "equal": equal}
+    chats = [asking.chat(decode.url, block * count - 40, block) for count in BLOCKS[:4]]
+    bodies = [asking.body(chat, TOKENS, logprobs=True) for chat in chats]
+    return _compared(asking, [told(asking.post(url, body)) for body in bodies], decode, bodies)
 
 
 def _batch(asking: Asking, url: str, decode: Engine, block: int) -> dict[str, Any]:
     """Eight prompts in one request."""
-    prompts = [asking.ids(block * count + 1) for count in BLOCKS[:8]]
-    routed = told(asking.post(url, asking.body(prompts, TOKENS, logprobs=5)))
-    own = [told(asking.own(decode.url, asking.body(prompt, TOKENS, logprobs=5)))[0] for prompt in prompts]
-    equal = sum(left == right for left, right in zip(routed, own, strict=False))
-    return {"asked": len(prompts), "answered": len(routed), "equal": equal}
+    bodies = [asking.body(asking.ids(block * count + 1), TOKENS, logprobs=5) for count in BLOCKS[:8]]
+    routed = told(asking.post(url, bodies[0] | {"prompt": [body["prompt"] for body in bodies]}))
+    return _compared(asking, [[answer] for answer in routed], decode, bodies)
 
 
-KINDS = {"whole answers": _whole, "streams": _streamed, "chats": _chats, "eight prompts in one request": _batch}
+KINDS = {"whole answers": _whole, "streams": _streamed, "chats": _chats, BATCH: _batch}
 
 
-def through(asking: Asking, url: str, decode: Engine, block: int) -> dict[str, Any]:
-    """Compare every kind of request through a router."""
+def through(asking: Asking, url: str, decode: Engine, block: int, kinds: Sequence[str]) -> dict[str, Any]:
+    """Compare some kinds of request through a router."""
     found: dict[str, Any] = {}
-    for kind, ask in KINDS.items():
+    for kind in kinds:
         try:
-            found[kind] = ask(asking, url, decode, block)
-        except (RefusedError, KeyError, TypeError, ValueError) as error:
+            found[kind] = KINDS[kind](asking, url, decode, block)
+        except (RefusedError, httpx.HTTPError, KeyError, TypeError, ValueError) as error:
             found[kind] = {"refused": f"{type(error).__name__}: {error}"[:400]}
         print(f"  {kind}: {found[kind]}", flush=True)
     return found
