@@ -1,8 +1,8 @@
 """Writes what `run.py` measured as Markdown, with what the simulated pair does at the same points beside it.
 
 `--simulate` runs those points on a simulated pair first (5 minutes) and keeps them in the file of `--simulated`.
-`--report FILE` puts the text between `<!-- gpu: NAME -->` and `<!-- end gpu: NAME -->` of a file, or at its end; else it
-is printed. Exit status 1 when a file cannot be read.
+`--report FILE` puts the text between `<!-- gpu: NAME -->` and `<!-- end gpu: NAME -->` of a file, or at its end; else
+it is printed. Exit status 1 when a file cannot be read.
 """
 
 import argparse
@@ -148,8 +148,8 @@ def _texts(told: dict[str, Any]) -> Iterator[str]:
     for name, found in told.items():
         if name == "by hand":
             yield (
-                f"- Tickets handed over by hand: {found['right_ticket_equal']} of {found['asked']} answers equal to the "
-                "decode engine's own to the bit; with another prompt's ticket "
+                f"- Tickets handed over by hand: {found['right_ticket_equal']} of {found['asked']} answers equal to "
+                "the decode engine's own to the bit; with another prompt's ticket "
                 f"{found['foreign_ticket_equal']} of {found['asked']}."
             )
             continue
@@ -181,8 +181,8 @@ def _killed(name: str, found: dict[str, Any]) -> str:
     cut = [row for row in found["streams"] if row["on_killed_engine"]]
     errors = [row["error"] for row in found["streams"] if row["error"]]
     return (
-        f"- {name}: {found['complete']} of {len(found['streams'])} streams complete, {found['continued']:.0f} went on "
-        f"elsewhere; of {len(cut)} that were cut, {sum(row.get('rest_equal_by_hand', False) for row in cut)} went on "
+        f"- {name}: {found['complete']} of {len(found['streams'])} streams complete, {found['continued']:.0f} "
+        f"went on elsewhere; of {len(cut)} that were cut, {sum(row.get('rest_equal_by_hand', False) for row in cut)} went on "
         f"as by hand, longest gap {max(row['longest_gap_ms'] for row in cut)} ms; errors: {errors or 'none'}."
     )
 
@@ -194,14 +194,16 @@ def _drills(told: dict[str, Any]) -> Iterator[str]:
 
 def markdown(told: dict[str, Any], simulated: Points) -> str:
     """Give the whole section."""
-    source, points = told["provenance"], list(told["points"].values())
+    points = list(told["points"].values())
+    sources = told["provenance"]
+    source = sources.get("bench") or next(iter(sources.values()))
     versions = {"vllm": source.get("engine_version")} | source["versions"]
     lines = [
         f"Engines: {source['engines_are']}. "
         f"{len(source['gpus'])} GPU: {'; '.join(sorted(set(source['gpus']))) or 'none'}. "
         f"{source['cpu']}, {source['cores']} cores, Linux {source['kernel']}. "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f". {source['date']}. {source.get('engines_flags', '')}".rstrip(),
+        + f". {source['date']}. {source['note']}".rstrip(),
         "",
         "`vllm bench serve`, 1000 tokens in, 200 out, routers in turn, one at a time; runs as lowest–highest. "
         + f"Prompts: {_prompts(points)}. Ours is {_build(points)}.",
@@ -217,9 +219,10 @@ def markdown(told: dict[str, Any], simulated: Points) -> str:
         lines += ["", "**Simulated** figures of the same points, one prefill and one decode engine:", ""]
         lines += _fidelity(points, simulated)
     if told.get("texts"):
-        lines += ["", "Texts at temperature 0:", "", *_texts(told["texts"])]
+        lines += ["", f"Texts at temperature 0. {sources['texts']['note']}".rstrip(), "", *_texts(told["texts"])]
     if told.get("drills"):
-        lines += ["", "Drills:", "", *_drills(told["drills"])]
+        notes = dict.fromkeys(sources[name]["note"] for name in ("leave", "kill") if name in sources)
+        lines += ["", f"Drills. {' '.join(notes)}".rstrip(), "", *_drills(told["drills"])]
     if told["failures"]:
         lines += ["", "Could not be measured:", ""]
         lines += [f"- {one['what']}: {one['why'].splitlines()[0]}" for one in told["failures"]]

@@ -46,8 +46,8 @@ class Bench:
         self.decodes = [Engine("decode", url) for url in told.decode]
         self.decode = self.decodes[0]
         self.results = Results(told.out)
-        self.results.told["provenance"] |= provenance(self.prefill, self.decode)
-        self.results.told["provenance"]["engines_flags"] = told.engines_note
+        self.source = provenance(self.prefill, self.decode) | {"note": told.note}
+        self.results.told["provenance"][told.what] = self.source
         model = self.decode.model
         self.model = str(model["id"])
         self.tokenizer = told.tokenizer or str(model["root"])
@@ -126,7 +126,11 @@ class Bench:
 
 
 def bench(told: argparse.Namespace, on: Bench) -> None:
-    """All points that are not measured yet."""
+    """All points that are not measured yet, after some requests that do not count."""
+    try:
+        on.point(Point(OURS, 32, told.warm_up, 0))
+    except FAILURES as error:
+        print(f"warm-up: {type(error).__name__}: {error}", flush=True)
     wished = points(told.routers, told.concurrency, told.repeats, told.prompts, told.prompts_alone)
     for one in wished:
         on.attempt("points", one.key, one.seconds, lambda point=one: on.point(point))  # type: ignore[misc]
@@ -147,8 +151,8 @@ def check_texts(told: argparse.Namespace, on: Bench) -> None:
             on.attempt("texts", name, 90, through)
 
 
-def drill(told: argparse.Namespace, on: Bench) -> None:
-    """Clients that leave; a decode engine that is killed, last, for it stays dead."""
+def leave(told: argparse.Namespace, on: Bench) -> None:
+    """Clients that leave."""
     with Asking(on.model, told.vocabulary) as asking:
         for name in told.routers:
 
@@ -157,11 +161,13 @@ def drill(told: argparse.Namespace, on: Bench) -> None:
                     return drills.leaving(router, asking, on.prefill, on.decode, each=name != THEIRS)
 
             on.attempt("drills", f"clients leave: {name}", 60, leaving)
-        if told.kill_decode is None:
-            return
-        if len(on.decodes) < 2:
-            on.results.fail("drills", "--kill-decode needs a second --decode that goes on with the streams")
-            return
+
+
+def kill(told: argparse.Namespace, on: Bench) -> None:
+    """A decode engine is killed; it stays dead."""
+    if told.kill_decode is None or len(on.decodes) < 2:
+        raise EngineError("kill needs --kill-decode COMMAND and a second --decode that goes on with the streams")
+    with Asking(on.model, told.vocabulary) as asking:
 
         def killing() -> dict[str, Any]:
             with on.router(OURS, every=True) as router:
@@ -175,9 +181,8 @@ def drill(told: argparse.Namespace, on: Bench) -> None:
 def check(told: argparse.Namespace, on: Bench) -> None:
     """Say what is there; nothing is measured."""
     del told
-    source = on.results.told["provenance"]
     for key in ("gpus", "links", "cpu", "cores", "memory_gib", "versions", "engine_version", "model"):
-        print(f"{key}: {source[key]}")
+        print(f"{key}: {on.source[key]}")
     print(f"block size {on.block}; KV cache: {[one.cache().get('num_gpu_blocks') for one in (on.prefill, on.decode)]}")
     for name in (OURS, THEIRS):
         began = time.monotonic()
@@ -194,9 +199,10 @@ def main() -> int:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("check", "bench", "texts", "drills"), help="check: is everything there? The rest measures")
+    add("what", choices=("check", "bench", "texts", "leave", "kill"),
+        help="check: is everything there? bench: speed; texts: correctness; leave, kill: drills")  # fmt: skip
     add("--prefill", required=True, metavar="URL", help="the prefill engine, http://HOST:PORT")
-    add("--decode", required=True, action="append", metavar="URL", help="the decode engine; a second serves the drills")
+    add("--decode", required=True, action="append", metavar="URL", help="the decode engine; a second one is for kill")
     add("--out", type=Path, default=Path(".build/gpu/results.json"), help="file of results (%(default)s)")
     add("--router", default="pd-router", metavar="COMMAND", help="how our router is called (%(default)s)")
     add("--vllm-router", default=f"{sys.executable} -m vllm_router.launch_router", metavar="COMMAND",
@@ -211,14 +217,15 @@ def main() -> int:
     add("--repeats", type=int, default=2, help="runs of each point (%(default)s)")
     add("--prompts", type=int, default=200, help="requests of a run (%(default)s)")
     add("--prompts-alone", type=int, default=24, help="requests of a run with one at a time (%(default)s)")
-    add("--kill-decode", metavar="COMMAND", help="shell command that kills the first decode engine, for the last drill")
-    add("--engines-note", default="", help="how the engines were started, for the results")
+    add("--warm-up", type=int, default=64, help="requests before the first point (%(default)s)")
+    add("--kill-decode", metavar="COMMAND", help="shell command that kills the first decode engine")
+    add("--note", default="", help="how the engines were started, for the results")
     told = parser.parse_args()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         on = Bench(told)
         before = len(on.results.told["failures"])
-        {"check": check, "bench": bench, "texts": check_texts, "drills": drill}[told.what](told, on)
+        {"check": check, "bench": bench, "texts": check_texts, "leave": leave, "kill": kill}[told.what](told, on)
     except (EngineError, RouterError, httpx.HTTPError) as error:
         print(f"run.py: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
