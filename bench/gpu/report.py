@@ -180,9 +180,10 @@ def _left(name: str, found: dict[str, Any]) -> str:
 def _killed(name: str, found: dict[str, Any]) -> str:
     cut = [row for row in found["streams"] if row["on_killed_engine"]]
     errors = [row["error"] for row in found["streams"] if row["error"]]
+    by_hand = sum(row.get("rest_equal_by_hand", False) for row in cut)
     return (
         f"- {name}: {found['complete']} of {len(found['streams'])} streams complete, {found['continued']:.0f} "
-        f"went on elsewhere; of {len(cut)} that were cut, {sum(row.get('rest_equal_by_hand', False) for row in cut)} went on "
+        f"went on elsewhere; of {len(cut)} that were cut, {by_hand} went on "
         f"as by hand, longest gap {max(row['longest_gap_ms'] for row in cut)} ms; errors: {errors or 'none'}."
     )
 

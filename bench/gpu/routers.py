@@ -138,7 +138,7 @@ class Router(AbstractContextManager["Router"]):
     def compiled(self) -> bool:
         """Whether it is our router with its request path compiled."""
         maps = (mapped.path for one in self._family() for mapped in one.memory_maps())
-        return any("/pdrouter/handoff/pair." in path and path.endswith(".so") for path in maps)
+        return any("__mypyc." in path for path in maps)
 
 
 def version(package: str) -> str | None:
