@@ -21,10 +21,28 @@ LEASE = 40.0  # seconds of patience, a lease of 30 s and some
 KILLED = 160  # tokens of a stream that is cut
 
 
-def _share(prefill: Engine, tokens: int) -> float:
-    """Give the share of the KV cache that a prompt takes."""
+def _prompt_tokens(prefill: Engine) -> int:
+    """Give a length of which the KV cache holds more than a dozen."""
     told = prefill.cache()
-    return tokens / (float(told["num_gpu_blocks"]) * float(told["block_size"]))
+    longest = int(prefill.model.get("max_model_len") or PROMPT) - 64
+    room = int(told["num_gpu_blocks"]) * int(told["block_size"]) if told["num_gpu_blocks"].isdecimal() else PROMPT * 16
+    return min(PROMPT, longest, room // 16)
+
+
+def _share(asking: Asking, prefill: Engine, decode: Engine, body: dict[str, Any]) -> float:
+    """Measure the share of the KV cache that a prompt takes while its ticket waits for decode.
+
+    Raises:
+        RefusedError: the engine's figures do not show it.
+    """
+    asking.post(prefill.url, asking.body(asking.ids(3), 1))
+    idle = prefill.held
+    ticket = asking.ticket(prefill.url, body)
+    share = prefill.held - idle
+    asking.post(decode.url, body | {"kv_transfer_params": ticket})
+    if share <= 0:
+        raise RefusedError(f"{prefill.url} shows no KV blocks held for a ticket (vllm:kv_cache_usage_perc)")
+    return share
 
 
 def _leave(url: str, body: dict[str, Any], after: float) -> bool:
@@ -46,15 +64,15 @@ def _leave(url: str, body: dict[str, Any], after: float) -> bool:
 
 
 def _free(prefill: Engine, asking: Asking, above: float, patience: float) -> float | None:
-    """Give the seconds until prefill holds less; it is poked now and then, for an idle engine does not count anew."""
-    poke = asking.body(asking.ids(3), 1)
-    waited = 0.0
-    while waited < patience:
-        took = seconds_until(lambda: prefill.held < above, 1.0)
-        if took is not None:
-            return round(waited + took, 3)
-        waited += 1.0
-        asking.post(prefill.url, poke | {"prompt": asking.ids(3)})
+    """Give the seconds until prefill holds less.
+
+    It is asked something small five times a second: an engine at rest may neither hear of collected blocks nor count.
+    """
+    began = time.monotonic()
+    while time.monotonic() - began < patience:
+        if seconds_until(lambda: prefill.held < above, 0.2) is not None:
+            return round(time.monotonic() - began, 3)
+        asking.post(prefill.url, asking.body(asking.ids(3), 1))
     return None
 
 
@@ -68,8 +86,7 @@ def leaving(router: Router, asking: Asking, prefill: Engine, decode: Engine, eac
         decode: to know how long its leg takes.
         each: wait for the blocks of each; else leave one after the other and wait for all, at most a lease.
     """
-    limit = int(prefill.model.get("max_model_len") or PROMPT + 64)
-    tokens = min(PROMPT, limit - 64)
+    tokens = _prompt_tokens(prefill)
 
     def body() -> dict[str, Any]:
         return asking.body(asking.ids(tokens), 32)
@@ -81,8 +98,8 @@ def leaving(router: Router, asking: Asking, prefill: Engine, decode: Engine, eac
         took.append(time.perf_counter() - began)
         first.append(asking.stream(router.url, body(), Streamed()).times[0])
     leg, ttft = median(took), median(first)
-    share = _share(prefill, tokens)
-    seconds_until(lambda: prefill.held < share / 4, 5.0)
+    share = _share(asking, prefill, decode, body())
+    _free(prefill, asking, share / 4, 5.0)
     idle = prefill.held
     between = ttft - leg
     moments = [
