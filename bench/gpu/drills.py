@@ -177,9 +177,11 @@ def killing(
         thread.start()
     seconds_until(lambda: all(len(stream.ids) >= KILLED // 3 for stream in streams[: len(there)]), 60)
     at = [len(stream.ids) for stream in streams]
-    subprocess.run(command, shell=True, check=False, timeout=30)
+    done = subprocess.run(command, shell=True, check=False, timeout=30)
     for thread in threads:
         thread.join(180)
+    if done.returncode or seconds_until(lambda: not killed.alive, 5.0) is None:
+        raise RefusedError(f"{command!r} ended with status {done.returncode} and did not kill {killed.url}")
     rows = []
     for number, (prompt, stream) in enumerate(zip(prompts, streams, strict=True)):
         gaps = [later - earlier for earlier, later in zip(stream.times, stream.times[1:], strict=False)]

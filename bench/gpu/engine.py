@@ -86,6 +86,14 @@ class Engine:
         raise EngineError(f"{self.url}/metrics has no vllm:cache_config_info; is this a vLLM engine?")
 
     @property
+    def alive(self) -> bool:
+        """Whether it answers at all."""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    @property
     def held(self) -> float:
         """Share of the KV blocks that somebody holds. Read quickly, for it changes: without a parser."""
         page = httpx.get(f"{self.url}/metrics", timeout=30).raise_for_status().text
