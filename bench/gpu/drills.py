@@ -109,6 +109,7 @@ def leaving(router: Router, asking: Asking, prefill: Engine, decode: Engine, eac
         ttft + 0.05,
     ]
     before = samples(router.metrics) if router.metrics else {}
+    generated = decode.counters()["generated_tokens"]
     rows: list[dict[str, Any]] = []
     for after in moments:
         began = _leave(router.url, body(), after)
@@ -125,6 +126,7 @@ def leaving(router: Router, asking: Asking, prefill: Engine, decode: Engine, eac
     asking.post(prefill.url, asking.body(asking.ids(3), 1))
     found["prompts_held_after_1_s"] = round((prefill.held - idle) / share, 1)
     found["all_free_after_s"] = _free(prefill, asking, idle + share / 4, LEASE)
+    found["generated_for_nobody"] = decode.counters()["generated_tokens"] - generated
     if router.metrics:
         after_all = samples(router.metrics)
         found["router"] = {name: value - before.get(name, 0.0) for name, value in after_all.items()
@@ -175,7 +177,7 @@ def killing(
                for body, stream in zip(bodies, streams, strict=True)]  # fmt: skip
     for thread in threads:
         thread.start()
-    seconds_until(lambda: all(len(stream.ids) >= KILLED // 3 for stream in streams[: len(there)]), 60)
+    seconds_until(lambda: all(len(stream.ids) >= KILLED // 4 for stream in streams[: len(there)]), 60)
     at = [len(stream.ids) for stream in streams]
     done = subprocess.run(command, shell=True, check=False, timeout=30)
     for thread in threads:
@@ -189,7 +191,8 @@ def killing(
             "on_killed_engine": number < len(there), "tokens_at_kill": at[number], "tokens": len(stream.ids),
             "error": stream.error, "longest_gap_ms": round(max(gaps, default=0.0) * 1e3),
         }  # fmt: skip
-        if number < len(there) and stream.error is None and gaps:
+        row["was_cut"] = number < len(there) and at[number] < KILLED
+        if row["was_cut"] and stream.error is None and gaps:
             cut = gaps.index(max(gaps)) + 1
             row |= {"cut_after": cut} | _rest(asking, prefill, other, prompt, stream.ids, cut)
         rows.append(row)

@@ -107,16 +107,17 @@ def counted(before: dict[str, float], after: dict[str, float]) -> dict[str, floa
 
 
 def block_bytes(model: dict[str, Any], block: int) -> int | None:
-    """Give the bytes of one KV block of a Llama in a type of two bytes; None where its files are not on this machine.
+    """Give the bytes of one KV block of a Llama in its own type; None where its files are not on this machine.
 
-    Keys and values, in each layer, for each KV head: 2 * layers * heads * head size * 2 bytes a token.
+    Keys and values, in each layer, for each KV head: 2 * layers * heads * head size numbers a token.
     """
     path = Path(str(model.get("root", ""))) / "config.json"
     if not path.exists():
         return None
     told = json.loads(path.read_text())
     size = told.get("head_dim") or told["hidden_size"] // told["num_attention_heads"]
-    return int(2 * told["num_hidden_layers"] * told["num_key_value_heads"] * size * 2 * block)
+    number = 4 if "float32" in (told.get("torch_dtype"), told.get("dtype")) else 2
+    return int(2 * told["num_hidden_layers"] * told["num_key_value_heads"] * size * number * block)
 
 
 def seconds_until(done: Callable[[], bool], patience: float, step: float = 0.01) -> float | None:

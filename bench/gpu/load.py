@@ -18,6 +18,7 @@ _MODULES = [
     for name in ("main", "benchmark.main", "collect_env", "launch", "openai", "run_batch", "serve")
 ]
 _FORKS = multiprocessing.get_context("forkserver")
+_FRESH = multiprocessing.get_context("spawn")
 _FORKS.set_forkserver_preload([*_MODULES, "vllm.benchmarks.serve"])
 PATIENCE = 240.0  # seconds for a run
 INPUT, OUTPUT = 1000, 200  # tokens
@@ -48,15 +49,20 @@ def arguments(point: Point, url: str, model: str, tokenizer: str, result: Path) 
     ]  # fmt: skip
 
 
-def run(arguments: list[str], result: Path) -> dict[str, Any]:
+def run(arguments: list[str], result: Path, fork: bool) -> dict[str, Any]:
     """Run it and give the JSON that it wrote.
+
+    Args:
+        arguments: what follows `vllm` on the command line.
+        result: file that they name.
+        fork: whether the process may be a fork; else it loads vLLM anew.
 
     Raises:
         LoadError: it failed, or took longer than `PATIENCE`.
     """
     log = result.with_suffix(".log")
     result.unlink(missing_ok=True)
-    process = _FORKS.Process(target=_vllm, args=(arguments, str(log)))
+    process = (_FORKS if fork else _FRESH).Process(target=_vllm, args=(arguments, str(log)))
     process.start()
     process.join(PATIENCE)
     late = process.is_alive()

@@ -157,8 +157,8 @@ def _texts(told: dict[str, Any]) -> Iterator[str]:
             if "refused" in one:
                 yield f"- {name}, {kind}: {one['refused']}"
                 continue
-            line = f"- {name}, {kind}: {one['texts_equal']} of {one['asked']} texts equal, "
-            line += f"{one['and_logprobs_equal']} with their log-probabilities"
+            line = f"- {name}, {kind}: {one['texts_equal']} of {one['asked']} texts equal, {one['begin_equal']} begin "
+            line += f"alike, {one['and_logprobs_equal']} with their log-probabilities"
             if "moved" in one:
                 line += f"; {one['moved'].get('bytes', 0):.0f} bytes moved, {one['bytes_expected']} expected"
             yield line + "."
@@ -167,24 +167,26 @@ def _texts(told: dict[str, Any]) -> Iterator[str]:
 def _left(name: str, found: dict[str, Any]) -> str:
     moments = found["moments"]
     free = [row["free_after_s"] for row in moments if row.get("free_after_s") is not None]
-    each = f" each after {_span(free, '.3f')} s;" if free else ""
+    each = f"prefill's KV blocks were free after {_span(free, '.3f')} s; " if free else ""
     return (
         f"- {name}: {len(moments)} clients left {moments[0]['left_after_ms']:.0f} to "
         f"{moments[-1]['left_after_ms']:.0f} ms after asking ({found['tokens']} tokens, prefill "
-        f"{found['prefill_ms']} ms, TTFT {found['ttft_ms']} ms); prefill's KV blocks were free{each} "
+        f"{found['prefill_ms']} ms, TTFT {found['ttft_ms']} ms); {each}"
         f"prompts still held 1 s after the last: {found['prompts_held_after_1_s']}; "
-        f"all free after {found['all_free_after_s']} s."
+        f"all free after {found['all_free_after_s']} s; decode generated {found['generated_for_nobody']:.0f} tokens "
+        "for nobody."
     )
 
 
 def _killed(name: str, found: dict[str, Any]) -> str:
-    cut = [row for row in found["streams"] if row["on_killed_engine"]]
+    cut = [row for row in found["streams"] if row["was_cut"]]
     errors = [row["error"] for row in found["streams"] if row["error"]]
+    gap = max((row["longest_gap_ms"] for row in cut), default=0)
     by_hand = sum(row.get("rest_equal_by_hand", False) for row in cut)
     return (
         f"- {name}: {found['complete']} of {len(found['streams'])} streams complete, {found['continued']:.0f} "
         f"went on elsewhere; of {len(cut)} that were cut, {by_hand} went on "
-        f"as by hand, longest gap {max(row['longest_gap_ms'] for row in cut)} ms; errors: {errors or 'none'}."
+        f"as by hand, longest gap {gap} ms; errors: {errors or 'none'}."
     )
 
 

@@ -57,6 +57,7 @@ class Bench:
         self.logs = logs
         self.programs = Programs(told.router, told.vllm_router, logs)
         self._deadline = time.monotonic() + told.budget
+        self.fork = told.fork
         self.short = False
 
     def router(self, name: str, *flags: str, every: bool = False) -> Router:
@@ -95,7 +96,7 @@ class Bench:
             arguments = load.arguments(point, router.url, self.model, self.tokenizer, result)
             cpu, engines = router.cpu_seconds(), [one.counters() for one in (self.prefill, self.decode)]
             page = samples(router.metrics) if router.metrics else {}
-            told = load.run(arguments, result)
+            told = load.run(arguments, result, self.fork)
             cpu = router.cpu_seconds() - cpu
             found: dict[str, Any] = {
                 "router": point.router, "concurrency": point.concurrency, "prompts": point.prompts,
@@ -217,6 +218,7 @@ def main() -> int:
     add("--repeats", type=int, default=2, help="runs of each point (%(default)s)")
     add("--prompts", type=int, default=200, help="requests of a run (%(default)s)")
     add("--prompts-alone", type=int, default=24, help="requests of a run with one at a time (%(default)s)")
+    add("--fork", action=argparse.BooleanOptionalAction, default=True, help="load vLLM once, not for each run (yes)")
     add("--warm-up", type=int, default=64, help="requests before the first point (%(default)s)")
     add("--kill-decode", metavar="COMMAND", help="shell command that kills the first decode engine")
     add("--note", default="", help="how the engines were started, for the results")
