@@ -1,6 +1,7 @@
 """What engines answer to the two legs of a handoff, collected or passed on."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import orjson
 
@@ -59,7 +60,7 @@ class Handoff:
 class EngineEventError(UpstreamError):
     """The engine ended its stream with an error event; `event` is the event's JSON."""
 
-    reason = "error_event"
+    reason: ClassVar[str] = "error_event"
 
     def __init__(self, message: str, event: bytes) -> None:
         super().__init__(message)
@@ -78,7 +79,7 @@ class EngineEventError(UpstreamError):
 class OtherStreamError(UpstreamError):
     """The engine was to go on with another's stream, and generated something else than that one had."""
 
-    reason = "not_continued"
+    reason: ClassVar[str] = "not_continued"
 
 
 class Greeting:
