@@ -4,7 +4,7 @@
 
 It follows a pod as a real kubelet does: address, volumes and environment, init containers, containers, readiness by
 the pod's own probes, restarts with back-off, preStop sleep, SIGTERM, grace, end. What it leaves out is in
-docs/testing.md. Faults are asked for by annotations of a pod, under `fault.pdctl.test/`:
+docs/clusters.md. Faults are asked for by annotations of a pod, under `fault.pdctl.test/`:
 
     start-seconds: "5"     so long until the program starts, as if a model were loaded
     out-of-memory: "1"     killed by the kernel whenever it has started

@@ -332,6 +332,7 @@ class RealCluster(Cluster):
     def __init__(self, folder: pathlib.Path, url: str, process: subprocess.Popen[bytes], names: dict[str, str]) -> None:
         super().__init__(folder, url)
         self.images = names
+        self.slot = int(folder.name.rpartition("-")[2])
         self._process = process
         self.connect()
 
@@ -426,6 +427,19 @@ def remove_left_overs(slot: int) -> None:
         if time.monotonic() > deadline:
             raise ClusterError(f"control groups are still in use: {left}")
         time.sleep(0.02)
+
+
+def left_over(folder: pathlib.Path, slot: int) -> list[str]:
+    """Name what is left of a cluster outside its namespaces; empty when all is as before."""
+    told = str(folder)
+    found = [line for line in pathlib.Path("/proc/mounts").read_text().splitlines() if told in line]
+    found += [str(one) for one in GROUPS.glob(f"*/pdctl-{slot}-gpu-*")]
+    found += [name for name in os.listdir("/sys/class/net") if name == outer_link(slot)]
+    for one in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if told in " ".join(one.cmdline()) or one.cwd().startswith(told):
+                found.append(f"process {one.pid}: {one.cmdline()}")
+    return found
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
+from support.processes import until
 from support.requests import CHAT
 
 from .control_plane import ClusterError
-from .real_nodes import RealCluster, real_cluster, why_not
+from .real_nodes import RealCluster, left_over, real_cluster, why_not
 from .releases import ENGINES, MODEL, ROUTER, Releases
 from .served import ENGINES_OF, ROUTER_OF, Served
 
@@ -65,6 +66,7 @@ def real() -> Iterator[RealCluster]:
             yield cluster
     except ClusterError as error:
         pytest.fail(str(error), pytrace=False)
+    until(lambda: left_over(cluster.folder, cluster.slot) == [], 10, "no mount, link, control group or process is left")
 
 
 @pytest.fixture(scope="module")
