@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -203,17 +204,24 @@ def layer(folder: pathlib.Path) -> bytes:
     return buffer.getvalue()
 
 
+@functools.cache
+def _base_layer() -> bytes:
+    return _filled(base)
+
+
+def _filled(fill: Callable[[pathlib.Path], None]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        fill(pathlib.Path(folder))
+        return layer(pathlib.Path(folder))
+
+
 def build(target: pathlib.Path, of: str = "router") -> None:
     """Assemble an image into an archive.
 
     Raises:
         ImageError: it cannot be done here.
     """
-    layers = {}
-    for made_by, fill in (("Debian packages", base), (f"scripts/{of}_layer.sh", functools.partial(application, of))):
-        with tempfile.TemporaryDirectory() as folder:
-            fill(pathlib.Path(folder))
-            layers[made_by] = layer(pathlib.Path(folder))
+    layers = {"Debian packages": _base_layer(), f"scripts/{of}_layer.sh": _filled(functools.partial(application, of))}
     pack(target, tag(of), last_stage(of), layers)
 
 

@@ -369,7 +369,9 @@ def real_cluster() -> Iterator[RealCluster]:
                     raise ClusterError(f"the cluster is not up: {(folder / 'cluster.log').read_text()[-3000:]}")
                 time.sleep(0.05)
             told = json.loads((folder / READY).read_text())
-            yield RealCluster(folder, told["url"], process, names)
+            cluster = RealCluster(folder, told["url"], process, names)
+            with cluster.api:
+                yield cluster
         finally:
             process.kill()
             process.wait()
