@@ -9,13 +9,12 @@ import ctypes
 import ipaddress
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +34,10 @@ _prctl = ctypes.CDLL(None).prctl
 
 class ClusterError(Exception):
     """The cluster cannot be started here; the message says why."""
+
+
+class NotPossible(ClusterError):  # noqa: N818
+    """This machine does not allow such a cluster; tests that need it are skipped with the message."""
 
 
 def die_with_parent() -> None:
@@ -339,15 +342,3 @@ class ControlPlane(Cluster):
 
 
 PARTS = (("certificate", "crt"), ("key", "key"))
-
-
-@contextlib.contextmanager
-def folder_of(slot: int) -> Iterator[pathlib.Path]:
-    """Give an empty folder of a short name, removed afterwards."""
-    folder = pathlib.Path(f"/tmp/pdctl-cluster-{slot}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,6 @@ does. Addresses of pods are made local to this machine, so that whoever binds on
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
@@ -13,9 +12,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from .control_plane import BIN, ROOT, ClusterError, ControlPlane, folder_of, free_ports
+from .control_plane import BIN, ROOT, ClusterError, ControlPlane, NotPossible, free_ports
+from .slots import claimed_slot, fake_pods, folder_of
 
-SLOTS = 32
 GPUS = 8
 CRDS = ("attaches", "clusterexecs", "execs", "logs", "portforwards")
 
@@ -26,35 +25,17 @@ def pod_range(slot: int, node: int) -> str:
 
 
 @contextlib.contextmanager
-def claimed_slot() -> Iterator[int]:
-    """Claim what a machine has only once, for as long as this process lives: addresses and a folder's name."""
-    for slot in range(SLOTS):
-        file = os.open(f"/tmp/.pdctl-cluster-{slot}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            continue
-        try:
-            yield slot
-        finally:
-            os.close(file)
-        return
-    raise ClusterError(f"{SLOTS} clusters run on this machine already")
-
-
-@contextlib.contextmanager
 def local_addresses(network: str) -> Iterator[None]:
     """Make a network's addresses this machine's own: any process may listen on any of them.
 
     Raises:
-        ClusterError: this process may not.
+        NotPossible: this process may not.
     """
     if shutil.which("ip") is None:
-        raise ClusterError("there is no ip on PATH (Debian: iproute2)")
+        raise NotPossible("there is no ip on PATH (Debian: iproute2)")
     made = _ip("replace", network)  # a session that was killed may have left it
     if made.returncode != 0:
-        raise ClusterError(f"addresses of pods cannot be made local, which needs root: {made.stderr.strip()}")
+        raise NotPossible(f"addresses of pods cannot be made local, which needs root: {made.stderr.strip()}")
     try:
         yield
     finally:
@@ -91,7 +72,7 @@ def fake_nodes(plane: ControlPlane, slot: int, count: int = 2) -> Iterator[None]
         ClusterError: they do not come up.
     """
     with contextlib.ExitStack() as held:
-        held.enter_context(local_addresses(f"10.250.{slot * 4}.0/22"))
+        held.enter_context(local_addresses(fake_pods(slot)))
         kustomize = (BIN / "kwok").resolve().parent / "kustomize"
         for name in CRDS:
             file = kustomize / f"crd/bases/kwok.x-k8s.io_{name}.yaml"

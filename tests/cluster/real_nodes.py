@@ -27,13 +27,23 @@ from typing import Any
 import psutil
 import yaml
 
-from .control_plane import BIN, ROOT, Cluster, ClusterError, ControlPlane, die_with_parent, folder_of, free_ports
-from .fake_nodes import GPUS, claimed_slot
+from .control_plane import (
+    BIN,
+    ROOT,
+    Cluster,
+    ClusterError,
+    ControlPlane,
+    NotPossible,
+    die_with_parent,
+    free_ports,
+)
+from .fake_nodes import GPUS
+from .slots import GROUPS, claimed_slot, folder_of, outer_link
 
 PROGRAMS = ("kubelet", "kube-proxy", "coredns", "pause")
 SYSTEM = ("containerd", "runc", "nft", "ip", "unshare", "ctr")
 PLUGINS = ("/usr/lib/cni", "/opt/cni/bin")
-GROUPS = pathlib.Path("/sys/fs/cgroup")
+NAMESPACES = "unshare --net --mount --propagation private --pid --fork --kill-child --mount-proc".split()
 READY = "ready.json"
 IMAGES = ("router", "simulator")
 
@@ -47,6 +57,9 @@ def why_not() -> str | None:
     lacking += [name for name in PROGRAMS if not (BIN / name).exists()]
     if lacking:
         return f"real kubelets need {', '.join(lacking)}; call make tools as root"
+    tried = subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode != 0:
+        return f"real kubelets need namespaces of their own: {tried.stderr.strip()}"
     if not (GROUPS / "memory").is_dir():
         return "real kubelets are only tried with control groups of version 1, and this machine has version 2"
     if "VERSION_CODENAME=bookworm" not in pathlib.Path("/etc/os-release").read_text():
@@ -352,14 +365,14 @@ def real_cluster() -> Iterator[RealCluster]:
     """Give a cluster with two nodes that run containers, all of it gone afterwards.
 
     Raises:
-        ClusterError: it cannot be had here.
+        NotPossible: this machine does not allow it.
+        ClusterError: it does not come up.
     """
     reason = why_not()
     if reason:
-        raise ClusterError(reason)
+        raise NotPossible(reason)
     with claimed_slot() as slot, folder_of(slot) as folder:
         names = images(folder)
-        remove_left_overs(slot)  # a session that was killed may have left them
         process = _started(folder, slot)
         try:
             deadline = time.monotonic() + 120
@@ -375,13 +388,11 @@ def real_cluster() -> Iterator[RealCluster]:
         finally:
             process.kill()
             process.wait()
-            remove_left_overs(slot)
 
 
 def _started(folder: pathlib.Path, slot: int) -> subprocess.Popen[bytes]:
     archives = [folder / f"{name}.tar" for name in (*IMAGES, "pause")]
-    command = ["unshare", "--net", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child",
-               "--mount-proc", sys.executable, "-m", "cluster.real_nodes", folder, str(slot), *archives]  # fmt: skip
+    command = [*NAMESPACES, sys.executable, "-m", "cluster.real_nodes", folder, str(slot), *archives]
     with (folder / "cluster.log").open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent,  # noqa: PLW1509
@@ -404,31 +415,6 @@ def _started(folder: pathlib.Path, slot: int) -> subprocess.Popen[bytes]:
         process.wait()
         raise
     return process
-
-
-def outer_link(slot: int) -> str:
-    """Give the name of the interface that leads to the nodes; pods' and Services' routes go with it."""
-    return f"pdctl{slot}"
-
-
-def remove_left_overs(slot: int) -> None:
-    """Remove what does not go with the namespaces' processes: control groups, and the way in.
-
-    A network namespace lives on for a minute where a connection was cut, and with it an interface that leads there.
-
-    Raises:
-        ClusterError: something is still in use.
-    """
-    subprocess.run(["ip", "link", "del", outer_link(slot)], capture_output=True, check=False)
-    deadline = time.monotonic() + 10
-    while left := list(GROUPS.glob(f"*/pdctl-{slot}-gpu-*")):
-        for group in left:
-            for inner, _, _ in os.walk(group, topdown=False):
-                with contextlib.suppress(OSError):
-                    os.rmdir(inner)
-        if time.monotonic() > deadline:
-            raise ClusterError(f"control groups are still in use: {left}")
-        time.sleep(0.02)
 
 
 def left_over(folder: pathlib.Path, slot: int) -> list[str]:
