@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Fills .tools with the programs that tests of the charts call: .tools/bin, and .tools/schemas for kubeconform.
+# Fills .tools with the programs that tests of the charts and of Kubernetes call: .tools/bin, and .tools/schemas for
+# kubeconform.
 # A program on PATH of a fitting version is linked. Everything else is built with Go, once for each user: finished
 # builds are kept under $XDG_CACHE_HOME/pdctl/tools and linked by every checkout.
 # usage: scripts/tools.sh [NAME...]     all when none is named
@@ -20,17 +21,32 @@ pins='
   helm-docs       v1.14.2   github.com/norwoodj/helm-docs                     cmd/helm-docs         main.version
   helm-schema     v2.3.1    github.com/losisin/helm-values-schema-json/v2     .                     main.Version
   kubeconform     v0.7.0    github.com/yannh/kubeconform                      cmd/kubeconform       main.version
+  etcd            v3.6.14   go.etcd.io/etcd/server/v3                         .                     -
+  kube-apiserver  v1.36.3   k8s.io/kubernetes                                 cmd/kube-apiserver    k8s.io/component-base/version.gitVersion
+  kube-controller-manager v1.36.3 k8s.io/kubernetes                         cmd/kube-controller-manager k8s.io/component-base/version.gitVersion
+  kube-scheduler  v1.36.3   k8s.io/kubernetes                                 cmd/kube-scheduler    k8s.io/component-base/version.gitVersion
+  kubectl         v1.36.3   k8s.io/kubernetes                                 cmd/kubectl           k8s.io/component-base/version.gitVersion
+  kwok            v0.8.0    sigs.k8s.io/kwok                                  cmd/kwok              sigs.k8s.io/kwok/pkg/consts.Version
 '
 # Modules that hold the custom resources which the charts may render; a name of its own for them: crds.
 prometheus_operator=github.com/prometheus-operator/prometheus-operator@v0.85.0
 keda=github.com/kedacore/keda/v2@v2.21.0
 
-# What a module's own go.mod replaces: Go follows that only in the main module, so it is said again here.
+# What the go.mod of a MODULE at a VERSION replaces: Go follows that only in the main module, so it is said again here.
 replaced() {
+  local part
   case $1 in
-    helmfile) printf '%s\n' 'k8s.io/api => k8s.io/api v0.35.4' 'k8s.io/apimachinery => k8s.io/apimachinery v0.36.0' \
+    */helmfile) printf '%s\n' 'k8s.io/api => k8s.io/api v0.35.4' 'k8s.io/apimachinery => k8s.io/apimachinery v0.36.0' \
       'k8s.io/client-go => k8s.io/client-go v0.35.4' ;;
-    helm-unittest) echo 'github.com/vmware-labs/yaml-jsonpath v0.3.2 => github.com/helm-unittest/yaml-jsonpath v0.4.0' ;;
+    */helm-unittest) echo 'github.com/vmware-labs/yaml-jsonpath v0.3.2 => github.com/helm-unittest/yaml-jsonpath v0.4.0' ;;
+    k8s.io/kubernetes) # its parts are required as v0.0.0, which only its own repository has
+      for part in api apiextensions-apiserver apimachinery apiserver cli-runtime client-go cloud-provider \
+        cluster-bootstrap code-generator component-base component-helpers controller-manager cri-api cri-client \
+        cri-streaming csi-translation-lib dynamic-resource-allocation endpointslice externaljwt kms kube-aggregator \
+        kube-controller-manager kube-proxy kube-scheduler kubectl kubelet metrics mount-utils pod-security-admission \
+        sample-apiserver sample-cli-plugin sample-controller streaming; do
+        echo "k8s.io/$part => k8s.io/$part v0.${2#v1.}"
+      done ;;
   esac
 }
 
@@ -47,17 +63,32 @@ fits() {
     helm) said=$("$path" version --template '{{.Version}}' 2>/dev/null) && grep -qE '^v4\.([2-9]|[1-9][0-9])' <<<"$said" ;;
     helmfile) said=$("$path" version -o short 2>/dev/null) && grep -qE '^v?1\.([7-9]|[1-9][0-9])' <<<"$said" ;;
     kubeconform) said=$("$path" -v 2>/dev/null) && grep -qE '^v0\.([7-9]|[1-9][0-9])' <<<"$said" ;;
+    kubectl) said=$("$path" version --client 2>/dev/null) && grep -qE '^Client Version: v1\.(3[5-7])\.[0-9]+$' <<<"$said" ;;
+    kube-*) said=$("$path" --version 2>/dev/null) && [ "$said" = "Kubernetes $(pin "$1" 2)" ] ;;
+    etcd) said=$("$path" --version 2>/dev/null) && grep -qE '^etcd Version: 3\.([6-9]|[1-9][0-9])' <<<"$said" ;;
     *) return 1 ;;
   esac
 }
 
 # Builds NAME in the current folder, in a module of its own that requires the program's.
 build() {
-  local name=$1 version module package
+  local name=$1 version module package flags
   version=$(pin "$name" 2) module=$(pin "$name" 3) package=$(pin "$name" 4)
-  printf 'module around\n\ngo 1.26.0\n\nrequire %s %s\n\nreplace (\n%s\n)\n' "$module" "$version" "$(replaced "$name")" > go.mod
+  printf 'module around\n\ngo 1.26.0\n\nrequire %s %s\n\nreplace (\n%s\n)\n' "$module" "$version" "$(replaced "$module" "$version")" > go.mod
   [ "$package" = . ] && package=$module || package=$module/$package
-  CGO_ENABLED=0 go build -p "$jobs" -mod=mod -trimpath -ldflags "-s -w -X $(pin "$name" 5)=$version" -o "$name" "$package"
+  flags="-s -w"
+  case $module in
+    go.etcd.io/*) ;; # knows its version by itself
+    k8s.io/kubernetes) # also in two parts, which Helm compares
+      flags+=" -X $(pin "$name" 5)=$version -X $(pin "$name" 5 | sed 's/gitVersion/gitMajor/')=1"
+      flags+=" -X $(pin "$name" 5 | sed 's/gitVersion/gitMinor/')=$(cut -d. -f2 <<<"$version")" ;;
+    *) flags+=" -X $(pin "$name" 5)=$version" ;;
+  esac
+  CGO_ENABLED=0 go build -p "$jobs" -mod=mod -trimpath -ldflags "$flags" -o "$name" "$package"
+  if [ "$name" = kwok ]; then # its custom resources, and the stages in the life of a fake pod, are files beside it
+    cp -R "$(go list -mod=mod -m -f '{{.Dir}}' "$module")/kustomize" .
+    chmod -R u+w kustomize
+  fi
   rm go.mod go.sum
 }
 
