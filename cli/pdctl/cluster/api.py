@@ -18,7 +18,6 @@ from typing import Any
 
 import httpx
 import httpx_ws
-import kr8s.asyncio
 import orjson
 
 from pdctl.errors import ExitCode, PdctlError
@@ -97,6 +96,8 @@ class Cluster:
         Raises:
             PdctlError: there is no such context, or no answer.
         """
+        import kr8s.asyncio  # noqa: PLC0415 half a second, which no other command need wait for
+
         scratch()
         try:
             with warnings.catch_warnings():

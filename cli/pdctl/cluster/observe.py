@@ -25,6 +25,7 @@ class Observer:
         tails: last lines of the logs of containers that crashed, by pod.
         last_lines: the newest line of the logs of pods that are not ready, by pod.
         raw: the objects of the last snapshot, for the evidence.
+        last: that snapshot.
     """
 
     cluster: Cluster
@@ -32,6 +33,7 @@ class Observer:
     tails: dict[str, list[str]] = field(default_factory=dict)
     last_lines: dict[str, str] = field(default_factory=dict)
     raw: dict[str, list[Any]] = field(default_factory=dict)
+    last: Snapshot = field(default_factory=lambda: Snapshot(0.0))
     _restarts: dict[str, int] = field(default_factory=dict)
     _logged: float = 0.0
 
@@ -49,6 +51,7 @@ class Observer:
         self.raw = {"pods": pods, "deployments": deployments, "jobs": jobs, "replicasets": sets, "events": events}
         snapshot = read_snapshot(time.time(), pods, [*deployments, *jobs], events)
         await self._read_logs(snapshot)
+        self.last = snapshot
         return snapshot
 
     async def _events(self) -> list[Any]:
@@ -61,7 +64,7 @@ class Observer:
         pods = {pod.name: pod for pod in snapshot.pods}
         for known in (self.tails, self.last_lines, self._restarts):
             for name in [name for name in known if name not in pods]:
-                del known[name]  # type: ignore[attr-defined]
+                del known[name]
         ended = [
             pod for pod in snapshot.pods
             if pod.phase in (Phase.CRASHING, Phase.FAILED) or (pod.restarts and pod.phase is not Phase.READY)
