@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-attack fuzz compiled chaos churn referee upstream-tests test-engines docs clean
+.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-attack fuzz compiled chaos churn referee cluster upstream-tests test-engines docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ chaos: setup ## Five minutes of faults under load, every text compared (CHAOS_SE
 
 churn: compiled ## A day's coming and going of engines, clients and workers in ten minutes: does anything leak?
 	@$(BIN)/python bench/router/churn.py
+
+cluster: setup tools ## A real Kubernetes control plane with fake GPU nodes, to try things by hand, until Ctrl-C (needs root)
+	@PYTHONPATH=tests $(BIN)/python -m cluster
 
 referee: setup ## Judge the router and others by pd-referee; writes docs/referee.md (10 minutes; ROUTERS="ours toy" for some)
 	@$(BIN)/python scripts/referee.py $(ROUTERS)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from .control_plane import die_with_parent
 
-PRELOADED = ["pdsim.engine.vllm", "pdrouter.app"]
+PRELOADED = ["cluster.fork_server", "pdsim.engine.vllm", "pdrouter.app"]
 LISTENING = {"pd-router": ("--host", "--prometheus-host", "--admin-host")}
 ENTRY_POINTS = {"pd-router": ["pd-router"]}
 """What an image starts when its container names no command, by the end of the image's name."""
@@ -85,6 +85,5 @@ def _mount(start: Start) -> None:
     for path, content in start.files.items():
         there = pathlib.Path(path if path.startswith("/run/") else _MOUNTS + path)
         there.parent.mkdir(parents=True, exist_ok=True)
-        if there.name.endswith((".yaml", ".json")):
-            content = _moved(content.decode(), start.files).encode()
-        there.write_bytes(content)
+        told = there.name.endswith((".yaml", ".json"))
+        there.write_bytes(_moved(content.decode(), start.files).encode() if told else content)

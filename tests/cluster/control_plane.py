@@ -15,6 +15,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler
 
 _NO_RIGHTS_NEEDED = "/healthz,/readyz,/livez,/metrics"
 _PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl
 
 
 class ClusterError(Exception):
@@ -35,8 +37,8 @@ class ClusterError(Exception):
 
 
 def die_with_parent() -> None:
-    """End this process when its parent does, also when that is killed: for `preexec_fn`."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """End this process when the thread that forked it ends, also by SIGKILL: for `preexec_fn`."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
@@ -55,18 +57,19 @@ class Programs:
         self.folder = folder
         self._commands: dict[str, tuple[list[str], dict[str, str] | None]] = {}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._starter = ThreadPoolExecutor(1)  # whoever calls: a program ends with the thread that started it
 
     def start(self, name: str, *command: str | pathlib.Path, environment: dict[str, str] | None = None) -> int:
         """Start a program and give its process id; its log is NAME.log in the folder."""
         self._commands[name] = ([str(part) for part in command], environment)
-        return self._start(name)
+        return self.start_again(name)
 
     def _start(self, name: str) -> int:
         command, environment = self._commands[name]
         with (self.folder / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env=environment,
-                start_new_session=True, preexec_fn=die_with_parent,
+                start_new_session=True, preexec_fn=die_with_parent,  # noqa: PLW1509 it takes no lock
             )  # fmt: skip
         return self._running[name].pid
 
@@ -78,7 +81,7 @@ class Programs:
 
     def start_again(self, name: str) -> int:
         """Start a killed program as before."""
-        return self._start(name)
+        return self._starter.submit(self._start, name).result()
 
     def kill_all(self) -> None:
         """Kill all, the last started first."""
@@ -265,6 +268,13 @@ class ControlPlane:
         """Start it again on the same port and wait until it answers."""
         self.programs.start_again("kube-apiserver")
         self.programs.until(self.answers, "the API server answers again")
+
+    def forget_history(self) -> None:
+        """Let etcd forget all but the present: a watch that was broken off cannot go on where it was."""
+        etcd = f"http://127.0.0.1:{self._etcd}/v3/kv"
+        range_of_nothing = httpx.post(f"{etcd}/range", json={"key": "AA=="}, trust_env=False).raise_for_status()
+        revision = range_of_nothing.json()["header"]["revision"]
+        httpx.post(f"{etcd}/compaction", json={"revision": revision}, trust_env=False).raise_for_status()
 
     def run(self, *command: str, stdin: str | None = None, seconds: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a program of `make tools` (kubectl, helm, helmfile) on this cluster, in the repository."""

@@ -13,8 +13,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
 from .control_plane import BIN, ROOT, ClusterError, ControlPlane, folder_of, free_ports
 
 SLOTS = 32
