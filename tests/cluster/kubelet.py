@@ -411,9 +411,10 @@ class Pod:
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
-        await self.api.call("DELETE", self.path, {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}})
+        # Before the pod: this task is cancelled as soon as the watch says that the pod is gone.
         for kind in ("logs", "portforwards"):
             await self.api.call("DELETE", f"{KWOK}/{self.namespace}/{kind}/{self.name}")
+        await self.api.call("DELETE", self.path, {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}})
 
     async def _end(self, phase: str) -> None:
         self.phase = phase

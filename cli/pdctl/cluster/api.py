@@ -104,9 +104,9 @@ class Cluster:
                 warnings.simplefilter("ignore")  # of versions that kr8s was not tried with
                 api = await kr8s.asyncio.api(context=context)
         except (ValueError, KeyError, IndexError, FileNotFoundError) as error:
-            where = f"context {context!r}" if context else "a current context"
+            where = f"context {context!r}" if context else "the current context"
             raise PdctlError(
-                f"the kubeconfig has no {where} that can be used: {error}",
+                f"the kubeconfig has nothing for {where} that can be used: {error}",
                 "see kubectl config get-contexts; choose one with --context, or another file with KUBECONFIG",
                 ExitCode.PREFLIGHT,
             ) from None

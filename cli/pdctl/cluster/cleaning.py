@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from pdctl.cluster.api import ApiError, Cluster
 from pdctl.cluster.helm import Helm
 from pdctl.cluster.observe import PART
 from pdctl.cluster.releases import ENGINES, ROUTER
+from pdctl.cluster.wanted import kinds_text
 from pdctl.errors import ExitCode, PdctlError
 
 LOOK_SECONDS = 0.5
@@ -57,8 +57,7 @@ async def look(cluster: Cluster, helm: Helm, namespace: str, space: Any) -> Foun
         if not state.exists:
             continue
         things = await helm.manifest(name)
-        kinds = Counter(str(thing["kind"]) for thing in things)
-        releases[name] = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.most_common())
+        releases[name] = kinds_text(things)
         for thing in things:
             policy = (thing["metadata"].get("annotations") or {}).get("helm.sh/resource-policy")
             if policy == "keep":

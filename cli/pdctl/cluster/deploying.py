@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import os
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from pdctl.cluster.identity import check_cluster
 from pdctl.cluster.lock import locked
 from pdctl.cluster.observe import Observer
 from pdctl.cluster.preflight import Scene, preflight
-from pdctl.cluster.wanted import Wanted, wanted
+from pdctl.cluster.wanted import Wanted, kinds_text, wanted
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.podstate import Finding, Snapshot, Verdict, Watched, diagnose
 
@@ -69,11 +68,6 @@ class Plan:
     def failed(self) -> list[Check]:
         """The checks that forbid going on."""
         return [check for check in self.checks if check.mark is Mark.FAIL]
-
-    def objects_of(self, release: Release) -> str:
-        """Say what a release consists of: `2 Deployments, 2 Services, …`."""
-        kinds = Counter(str(thing["kind"]) for thing in self.objects[release.name])
-        return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.most_common(4))
 
 
 def take_token() -> str | None:
@@ -216,7 +210,9 @@ class Deploying:
         await self._patiently(lambda: helm.install(release))
         if not state.exists:
             self._made.append(release.name)
-        self._teller.say(f"{release.name} {'upgraded' if state.exists else 'installed'}: {plan.objects_of(release)}")
+        self._teller.say(
+            f"{release.name} {'upgraded' if state.exists else 'installed'}: {kinds_text(plan.objects[release.name], 4)}"
+        )
 
     async def _patiently(self, call: Any) -> Any:
         """Call Helm; when it fails because the API is away, wait for the API and call again."""

@@ -1,5 +1,6 @@
 """What rendered objects ask of a cluster: pods, GPUs, Secrets, storage, rights. Pure."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,16 @@ def _token(spec: Object) -> tuple[str, str] | None:
             if variable["name"] == "HF_TOKEN" and reference:
                 return reference["name"], reference["key"]
     return None
+
+
+def kinds_text(objects: Iterable[Object], most: int | None = None) -> str:
+    """Say what there is of each kind: `2 Deployments, 2 NetworkPolicies, 1 Role`."""
+    counted = Counter(str(thing["kind"]) for thing in objects)
+
+    def plural(kind: str) -> str:
+        return kind[:-1] + "ies" if kind.endswith("y") else kind + "s"
+
+    return ", ".join(f"{count} {plural(kind) if count > 1 else kind}" for kind, count in counted.most_common(most))
 
 
 def wanted(objects: Iterable[Object]) -> Wanted:

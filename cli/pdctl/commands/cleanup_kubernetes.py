@@ -80,7 +80,7 @@ async def _cleanup(namespace: str, context: str | None, delete_namespace: bool, 
 
 
 def _show(namespace: str, context: str, found: Found, delete_namespace: bool) -> None:
-    err.print(Text.assemble(("cleanup ", "bold"), (namespace, "bold"), f" of {context}"))
+    err.print(Text.assemble(("cleanup ", "bold"), (namespace, "bold"), f" through context {context}"))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, told in found.releases.items():
         table.add_row("goes", f"release {name}", told)

@@ -181,7 +181,8 @@ async def _carry_out(under_way: Deploying, made: Plan, manner: Manner, screen: S
 async def _failed(
     under_way: Deploying, made: Plan, manner: Manner, verdict: Verdict, watched: Watched, snapshot: Snapshot
 ) -> PdctlError:
-    cause, code = summary(verdict, watched.findings, made.namespace, manner.timeout)
+    decisive = watched.hopeless(snapshot.at) or watched.findings
+    cause, code = summary(verdict, decisive, made.namespace, manner.timeout)
     lines = [line for finding in watched.findings for line in finding_lines(finding, snapshot)]
     err.print(Text(counts(snapshot), "bold"))
     for line in lines:

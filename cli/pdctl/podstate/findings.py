@@ -110,7 +110,7 @@ def _image(pod: Pod, snapshot: Snapshot, tails: Tails) -> Finding | None:
                 0.0,
             )
         elif re.search(r"not found|manifest unknown|does not exist", told):
-            cause, patience = f"the registry has no {container.image}", 15.0
+            cause, patience = f"the registry has no {container.image}", 5.0
         elif re.search(r"unauthorized|denied|authentication required|forbidden", told, re.I):
             cause, fix, patience = (
                 f"the registry does not give {container.image} to these nodes",
@@ -243,8 +243,11 @@ def _probe(pod: Pod, snapshot: Snapshot, tails: Tails) -> Finding | None:
         return None
     told = _warned(snapshot, pod.name, "Unhealthy")
     if pod.role == "router":
+        there = {one.role for one in snapshot.pods if one.phase is Phase.READY}
+        if not {"prefill", "decode"} <= there:
+            return None  # it waits for engines, and they have findings of their own
         return Finding(
-            Kind.PROBE, (pod.name,), "the router runs and sees no ready prefill and decode engine yet",
+            Kind.PROBE, (pod.name,), "engines are ready, and the router does not find them well",
             "see which engines it knows: pdctl logs --role router",
         )  # fmt: skip
     return Finding(

@@ -100,7 +100,7 @@ class Pod:
         for container in self.containers:
             if container.waiting and container.waiting not in ("ContainerCreating", "PodInitializing"):
                 ended = container.last
-                return f"{container.waiting} ({ended.reason})" if ended and ended.reason else container.waiting
+                return f"{container.waiting}: {ended.reason}" if ended and ended.reason else container.waiting
         for container in self.containers:
             if container.init and container.running and not container.ready:
                 return f"init: {container.name}"
