@@ -3,7 +3,9 @@
 import sys
 
 import typer
+from typer.core import TyperGroup
 
+from pdctl import configuration
 from pdctl.commands.bench import bench
 from pdctl.commands.change import rollout, scale
 from pdctl.commands.cleanup import cleanup
@@ -32,6 +34,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def configured(context: typer.Context) -> None:
+    """Take defaults from the configuration file."""
+    group = context.command
+    assert isinstance(group, TyperGroup)
+    context.default_map = configuration.defaults(group, configuration.path())
+
+
 for command in COMMANDS:
     app.command(epilog=EPILOG)(command)
 
