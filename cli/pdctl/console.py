@@ -21,12 +21,28 @@ def print_json(data: object) -> None:
     print(orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode())
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as such."""
+
+
+def _text(dumper: yaml.SafeDumper, told: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", told, style="|" if "\n" in told else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def yaml_text(*documents: Any) -> str:
+    """Write data as YAML, a document each."""
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=WIDE, allow_unicode=True)
+
+
 def print_data(data: Any, wanted: str) -> None:
     """Print data on stdout as `json` or `yaml`."""
     if wanted == "json":
         print_json(data)
     else:
-        print(yaml.safe_dump(orjson.loads(orjson.dumps(data, option=orjson.OPT_NON_STR_KEYS)), sort_keys=False), end="")
+        print(yaml_text(orjson.loads(orjson.dumps(data, option=orjson.OPT_NON_STR_KEYS))), end="")
 
 
 def span(seconds: float) -> str:

@@ -111,7 +111,7 @@ def test_pods_without_a_node_are_told_in_the_schedulers_words_after_a_warning(pd
     failed = pdctl.deploy(*QUICK, prefill=8, decode=9)
     failed.says(
         1, "warn  room on nodes", "17 GPUs wanted, 16 free on 2 nodes", "unschedulable: ",
-        "0/2 nodes are available: 2 Insufficient nvidia.com/gpu", "fix: free nvidia.com/gpu on the nodes",
+        "0/2 nodes are available: ", "2 Insufficient nvidia.com/gpu", "nvidia.com/gpu on the nodes, add nodes",
     )  # fmt: skip
     pdctl.deploy().says(0, "ready ")
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pdctl.cluster import record
 from pdctl.cluster.api import ApiError, Cluster, Unreachable
 from pdctl.cluster.observe import AT_ONCE, Observer
+from pdctl.console import yaml_text
 
 LOG_LINES = 2000
 MOST_LOGS = 40
@@ -45,7 +44,7 @@ async def collect(
     _write(folder / "summary.txt", summary, secrets)
     _write(folder / "helm.txt", "\n\n".join(calls), secrets)
     for kind, items in observer.raw.items():
-        text = yaml.safe_dump_all([_plain(item) for item in items], sort_keys=False)
+        text = yaml_text(*(_plain(item) for item in items))
         _write(folder / f"{kind}.yaml", text, secrets)
     gate = asyncio.Semaphore(AT_ONCE)
 

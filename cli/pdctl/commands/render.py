@@ -4,13 +4,12 @@ import asyncio
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from pdctl.cluster.helm import Helm, find_helm
 from pdctl.cluster.releases import NAMESPACE, Asked, releases
 from pdctl.commands import wishes
 from pdctl.commands.options import Format
-from pdctl.console import print_json
+from pdctl.console import print_json, yaml_text
 
 
 def render(
@@ -32,7 +31,7 @@ def render(
     if output is Format.JSON:
         print_json(objects)
     else:
-        print(yaml.safe_dump_all(objects, sort_keys=False), end="")
+        print(yaml_text(*objects), end="")
 
 
 async def _render(asked: Asked, namespace: str) -> list[Any]:

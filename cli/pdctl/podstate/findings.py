@@ -77,7 +77,7 @@ def _warned(snapshot: Snapshot, name: str, *reasons: str) -> str:
 def _unschedulable(pod: Pod, snapshot: Snapshot, tails: Tails) -> Finding | None:
     if pod.phase is not Phase.WAITING or not pod.unschedulable:
         return None
-    told = pod.unschedulable.partition(" preemption:")[0].strip()
+    told = re.split(r"\.? (?:no new claims|preemption:)", pod.unschedulable)[0].strip()
     fix = (
         "free or add nodes that have what is asked for, or ask for less (pdctl scale, --set engines.prefill.replicas=…)"
     )
