@@ -11,12 +11,14 @@ from pdctl.commands.change import rollout, scale
 from pdctl.commands.cleanup import cleanup
 from pdctl.commands.deploy import deploy
 from pdctl.commands.diff import diff
+from pdctl.commands.doctor import doctor
 from pdctl.commands.logs import logs
 from pdctl.commands.metrics import metrics
 from pdctl.commands.port_forward import port_forward
 from pdctl.commands.render import render
 from pdctl.commands.routing import routing
 from pdctl.commands.status import status
+from pdctl.commands.top import top
 from pdctl.console import print_error
 from pdctl.errors import ExitCode, PdctlError
 
@@ -24,7 +26,7 @@ EPILOG = (
     "Exit status: 0 done, 1 failed, 2 wrong usage, 3 something needed is missing or taken, 4 timed out, 130 Ctrl-C."
 )
 COMMANDS = (
-    deploy, status, logs, metrics, routing, bench, port_forward, scale, rollout, render, diff, cleanup,
+    deploy, status, top, logs, metrics, routing, doctor, bench, port_forward, scale, rollout, render, diff, cleanup,
 )  # fmt: skip
 
 app = typer.Typer(

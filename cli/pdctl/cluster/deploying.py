@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pdctl.check import Check, Mark
 from pdctl.cluster import evidence, paths, record
 from pdctl.cluster.api import ApiError, Cluster, Unreachable
-from pdctl.cluster.checks import Check, Mark
 from pdctl.cluster.helm import Helm, Release, State
 from pdctl.cluster.identity import check_cluster
 from pdctl.cluster.lock import locked

@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 
+from pdctl.check import Check, Mark
 from pdctl.cluster import paths
 from pdctl.cluster.api import ApiError, Cluster
-from pdctl.cluster.checks import Check, Mark
 from pdctl.cluster.helm import Helm
 from pdctl.cluster.wanted import Wanted, quantity, rooms, without_room
 

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pdctl.cluster.checks import Check, Mark
+from pdctl.check import Check, Mark
 from pdctl.console import span
 from pdctl.podstate import Finding, Phase, Pod, Snapshot
 

@@ -31,7 +31,8 @@ def metrics(
     target = find(name, namespace, context)
     told: dict[str, list[dict[str, object]]] = {}
     try:
-        for whose, page in target.metrics(member):
+        for whose, _, told_page in target.pages("/metrics", member):
+            page = f"# {whose} does not answer\n" if told_page is None else told_page
             if output is Format.TABLE:
                 out.print(Text(f"== {whose}", "bold"))
                 for line in page.splitlines():

@@ -278,7 +278,7 @@ def _refused(workload: Workload, snapshot: Snapshot) -> Iterator[Finding]:
             else _last_line(told)
         )
         fix = "have the quota raised, or ask for less (pdctl scale prefill=… decode=…)"
-        yield Finding(Kind.QUOTA, who, message, fix, patience=30.0)
+        yield Finding(Kind.QUOTA, who, message, fix, patience=10.0)
     elif found := re.search(r"violates PodSecurity \"?([^\":]+)[^:]*: (.+)", told):
         fix = "set rdma.ipcLock=false and drop other special rights"
         if "IPC_LOCK" in found[2] or "runAsUser=0" in found[2]:

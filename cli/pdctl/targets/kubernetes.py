@@ -13,8 +13,10 @@ import orjson
 import yaml
 from rich.text import Text
 
+from pdctl.check import Check
 from pdctl.cluster import paths, record
 from pdctl.cluster.api import Cluster
+from pdctl.cluster.doctor import look
 from pdctl.cluster.forward import Forward
 from pdctl.cluster.identity import check_cluster
 from pdctl.cluster.logs import read, stream
@@ -22,7 +24,7 @@ from pdctl.cluster.observe import PART, Observer
 from pdctl.cluster.screen import finding_lines, short
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.podstate import Finding, Phase, Pod, Snapshot, diagnose
-from pdctl.targets.pages import read_pairs, total
+from pdctl.targets.pages import Page, read_pairs
 from pdctl.targets.target import Health, LogQuery, Routing
 
 T = TypeVar("T")
@@ -218,7 +220,7 @@ class KubernetesTarget:
     def health(self) -> list[Health]:
         """Tell how each part is: pods from the API, their load from the router."""
         snapshot = self.snapshot()
-        known = self._workers(snapshot)
+        known = self._workers()
         found = []
         for pod in snapshot.pods:
             port = self._settings["port"] if pod.role == "router" else self._engine_port(pod.role)
@@ -234,14 +236,10 @@ class KubernetesTarget:
             )  # fmt: skip
         return found
 
-    def _workers(self, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+    def _workers(self) -> dict[str, dict[str, Any]]:
         """Give what a router knows of each engine, by URL."""
-        for pod in snapshot.of_role("router"):
-            if pod.phase is Phase.READY:
-                told = self._fetch(pod, int(self._settings["admin_port"]), "/list_workers")
-                if told is not None:
-                    return {one["url"]: one for one in orjson.loads(told)["workers"]}
-        return {}
+        told = self.admin("/list_workers")
+        return {} if told is None else {one["url"]: one for one in told["workers"]}
 
     def routing(self) -> Routing:
         """Tell who served whom."""
@@ -290,16 +288,47 @@ class KubernetesTarget:
         pages = self._fetch_all([(pod, self._engine_port("decode"), "/metrics") for pod in decodes])
         transfers: dict[tuple[str, str], tuple[int, int]] = {}
         for pod, page in zip(decodes, pages, strict=True):
-            if page is not None and (count := int(total(page, "vllm:nixl_bytes_transferred_count"))):
-                transfers["any", short(pod)] = (count, int(total(page, "vllm:nixl_bytes_transferred_sum")))
+            told = Page(page or "")
+            if count := int(told.total("vllm:nixl_bytes_transferred_count")):
+                transfers["any", short(pod)] = (count, int(told.total("vllm:nixl_bytes_transferred_sum")))
         return transfers, [short(pod) for pod, page in zip(decodes, pages, strict=True) if page is None]
 
-    def metrics(self, member: str | None) -> Iterator[tuple[str, str]]:
-        """Give (member, metrics page) of the router and each engine, or of one role or member."""
-        for pod in self._chosen(member):
-            port = self._settings["prometheus_port"] if pod.role == "router" else self._engine_port(pod.role)
-            page = self._fetch(pod, int(port), "/metrics")
-            yield short(pod), page if page is not None else f"# {pod.name} does not answer on port {port}\n"
+    def pages(self, path: str, member: str | None) -> list[tuple[str, str, str | None]]:
+        """Give (member, role, answer) for a path of each engine, or of one role or member; None: no answer."""
+        pods = [pod for pod in self._chosen(member) if pod.role != "router" or path == "/metrics"]
+        asked = [(pod, self._metrics_port(pod.role), path) for pod in pods]
+        return [(short(pod), pod.role, told) for pod, told in zip(pods, self._fetch_all(asked), strict=True)]
+
+    def _metrics_port(self, role: str) -> int:
+        return int(self._settings["prometheus_port"]) if role == "router" else self._engine_port(role)
+
+    def urls(self) -> dict[str, str]:
+        """Give the URL by which the router knows each engine, by member."""
+        pods = self._observer.last.pods
+        engines = [pod for pod in pods if pod.role in ("prefill", "decode") and pod.ip]
+        return {short(pod): f"http://{pod.ip}:{self._engine_port(pod.role)}" for pod in engines}
+
+    def admin(self, path: str) -> Any | None:
+        """Give what a router's admin port answers, None where it cannot be asked."""
+        for pod in self._observer.last.of_role("router"):
+            if pod.phase is Phase.READY:
+                told = self._fetch(pod, int(self._settings["admin_port"]), path)
+                return None if told is None else orjson.loads(told)
+        return None
+
+    @property
+    def rdma(self) -> str | None:
+        """The resource by which engines ask for RDMA, empty for TCP."""
+        for thing in self._deployments:
+            if thing["metadata"]["labels"].get("llm-d.ai/role"):
+                resources = thing["spec"]["template"]["spec"]["containers"][0].get("resources") or {}
+                named = [one for one in resources.get("limits") or {} if "/" in one and not one.endswith("gpu")]
+                return named[0] if named else ""
+        return ""
+
+    def checks(self) -> list[Check]:
+        """Look at Services, rights and levels of security."""
+        return self._run(look(self.cluster, self.name, self._deployments))
 
     def _chosen(self, member: str | None) -> list[Pod]:
         pods = list(self.snapshot().pods)

@@ -18,6 +18,7 @@ import httpx
 import psutil
 
 from pdctl import deployment
+from pdctl.check import Check, Mark
 from pdctl.deployment import Deployment, Member
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.targets.pages import read_pairs
@@ -295,14 +296,37 @@ class LocalTarget:
         """Give the router's URL: it is on this machine already."""
         yield self.router_url
 
-    def metrics(self, member: str | None) -> Iterator[tuple[str, str]]:
-        """Give (member, metrics page) of the router and each engine, or of one role or member."""
-        for one in self._chosen(member):
-            url = self._deployment.metrics_url if one.role == "router" else one.url + "/metrics"
-            try:
-                yield one.name, httpx.get(url, timeout=5).text
-            except httpx.HTTPError as error:
-                yield one.name, f"# {url} cannot be read: {error}\n"
+    def pages(self, path: str, member: str | None) -> list[tuple[str, str, str | None]]:
+        """Give (member, role, answer) for a path of each engine, or of one role or member; None: no answer."""
+        with httpx.Client(timeout=5.0) as client, ThreadPoolExecutor(16) as pool:
+
+            def ask(one: Member) -> str | None:
+                url = self._deployment.metrics_url if one.role == "router" else one.url + path
+                try:
+                    answer = client.get(url)
+                except httpx.HTTPError:
+                    return None
+                return answer.text if answer.status_code == 200 else None
+
+            chosen = [one for one in self._chosen(member) if one.role != "router" or path == "/metrics"]
+            return [(one.name, one.role, told) for one, told in zip(chosen, pool.map(ask, chosen), strict=True)]
+
+    def urls(self) -> dict[str, str]:
+        """Give the URL by which the router knows each engine, by member."""
+        return {one.name: one.url for one in self._deployment.engines}
+
+    def admin(self, path: str) -> Any | None:
+        """The local router has no admin port."""
+        return None
+
+    def checks(self) -> list[Check]:
+        """Whether the supervisor runs, without which nobody notes how processes end."""
+        if self._deployment.supervised:
+            return [Check("supervisor", Mark.OK, f"runs, process {self._deployment.supervisor_pid}")]
+        step = f"run pdctl cleanup{self.flags}, then deploy again"
+        return [Check("supervisor", Mark.FAIL, "does not run", step)]
+
+    rdma = None
 
     def close(self) -> None:
         """Nothing is held."""

@@ -27,11 +27,10 @@ def read_pairs(pages: Iterable[str], names: Mapping[str, str]) -> tuple[dict[Pai
     edges: dict[Pair, Edge] = {}
     for page in pages:
         found: dict[str, dict[Pair, float]] = {name: {} for name in _OF_PAIRS}
-        for family in text_string_to_metric_families(page):
-            for sample in family.samples:
-                if sample.name in found:
-                    prefill, decode = (sample.labels[leg] for leg in ("prefill", "decode"))
-                    found[sample.name][names.get(prefill, prefill), names.get(decode, decode)] = sample.value
+        for name, labels, value in Page(page).samples:
+            if name in found:
+                prefill, decode = (labels[leg] for leg in ("prefill", "decode"))
+                found[name][names.get(prefill, prefill), names.get(decode, decode)] = value
         counted, handoffs, seconds, closed = (found[name] for name in _OF_PAIRS)
         for ends, count in counted.items():
             pairs[ends] = pairs.get(ends, 0) + int(count)
@@ -43,9 +42,28 @@ def read_pairs(pages: Iterable[str], names: Mapping[str, str]) -> tuple[dict[Pai
     return pairs, edges
 
 
-def total(page: str, name: str) -> float:
-    """Add up all samples of a name."""
-    return sum(
-        sample.value for family in text_string_to_metric_families(page) for sample in family.samples
-        if sample.name == name
-    )  # fmt: skip
+class Page:
+    """One metrics page.
+
+    Args:
+        text: the page as it was answered.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.samples = [
+            (sample.name, sample.labels, sample.value)
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        ]
+
+    def total(self, name: str) -> float:
+        """Add up all samples of a name; 0 when there is none."""
+        return sum(value for told, _, value in self.samples if told == name)
+
+    def by(self, name: str, label: str) -> dict[str, float]:
+        """Add up the samples of a name by one of their labels."""
+        found: dict[str, float] = {}
+        for told, labels, value in self.samples:
+            if told == name and label in labels:
+                found[labels[label]] = found.get(labels[label], 0.0) + value
+        return found

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pdctl.check import Check
+
 
 @dataclass(frozen=True, slots=True)
 class Health:
@@ -121,8 +123,24 @@ class Target(Protocol):
     def routing(self) -> Routing:
         """Tell who served whom."""
 
-    def metrics(self, member: str | None) -> Iterator[tuple[str, str]]:
-        """Give (member, metrics page) of the router and each engine, or of one role or member."""
+    def pages(self, path: str, member: str | None) -> list[tuple[str, str, str | None]]:
+        """Give (member, role, answer) for a path of each engine, or of one role or member; None: no answer.
+
+        Of the router only `/metrics` is asked.
+        """
+
+    def urls(self) -> dict[str, str]:
+        """Give the URL by which the router knows each engine, by member."""
+
+    def admin(self, path: str) -> Any | None:
+        """Give what a router's admin port answers, None where it cannot be asked."""
+
+    def checks(self) -> list[Check]:
+        """Make the checks that only this place can make."""
+
+    @property
+    def rdma(self) -> str | None:
+        """The resource by which engines ask for RDMA, empty for TCP; None where KV stays on one machine."""
 
     def logs(self, query: LogQuery) -> Iterator[tuple[str, str]]:
         """Give (member, line) pairs of the logs; with `follow` without end."""
