@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import asdict
+from typing import Any
 
 import typer
 
@@ -60,9 +61,19 @@ def _gather(target: Target) -> Facts:
     return Facts(
         target.flags, health, routing, versions, pages,
         None if workers is None else {one["url"]: one for one in workers["workers"]},
-        [
-            edge | {side: names.get(edge[side], edge[side]) for side in ("prefill", "decode")}
-            for edge in (edges or {"edges": []})["edges"]
-        ],
+        _edges(edges, names, routing),
         lines, target.rdma, target.checks(),
     )  # fmt: skip
+
+
+def _edges(told: Any | None, names: dict[str, str], routing: Routing | None) -> list[dict[str, Any]]:
+    """Give what is known of each way: from a router's admin port, else from its metrics, which tell no errors."""
+    if told is not None:
+        return [
+            edge | {end: names.get(edge[end], edge[end]) for end in ("prefill", "decode")} for edge in told["edges"]
+        ]
+    known = {} if routing is None else routing.edges
+    return [
+        {"prefill": prefill, "decode": decode, "failures": 0, **asdict(edge)}
+        for (prefill, decode), edge in known.items()
+    ]

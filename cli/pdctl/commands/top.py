@@ -126,7 +126,8 @@ def _screen(target: Target, view: _View) -> RenderableType:
     for name, row in view.engines.items():
         table.add_row(
             name, f"{row.running:.0f}", f"{row.waiting:.0f}", f"{row.kv:.1%}",
-            f"{row.pinned:.0f}" if row.pinned else "", f"{row.prompt_rate:.0f}", f"{row.output_rate:.0f}", _milliseconds(row.ttft), _milliseconds(row.itl),
+            f"{row.pinned:.0f}" if row.pinned else "", f"{row.prompt_rate:.0f}", f"{row.output_rate:.0f}",
+            _milliseconds(row.ttft), _milliseconds(row.itl),
             bytes_text(row.kv_rate) if row.kv_rate else "",
         )  # fmt: skip
     routers = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
