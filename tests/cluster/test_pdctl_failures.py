@@ -152,7 +152,7 @@ def test_a_secret_that_goes_later_is_named_by_the_pods_that_lack_it(pdctl: Pdctl
 
 def test_whoever_lacks_rights_is_told_which_before_anything_is_changed(pdctl: Pdctl) -> None:
     plane = pdctl.plane
-    plane.certificate("nobody", group="nobodies", user="nobody")
+    plane.certificate("nobody", "nobody", group="nobodies")
     restricted = str(plane.write_kubeconfig("nobody"))
     failed = pdctl.deploy(KUBECONFIG=restricted)
     failed.says(3, "nobody", "cannot")

@@ -110,7 +110,12 @@ class Cluster:
                 "see kubectl config get-contexts; choose one with --context, or another file with KUBECONFIG",
                 ExitCode.PREFLIGHT,
             ) from None
-        except (httpx.HTTPError, kr8s.APITimeoutError, kr8s.ServerError, OSError) as error:
+        except kr8s.ServerError as error:
+            raise PdctlError(
+                f"{context or 'the current context'}: the cluster does not accept its credentials: {error}",
+                "log in again as your cluster's provider says, or choose another --context", ExitCode.PREFLIGHT,
+            ) from None  # fmt: skip
+        except (httpx.HTTPError, kr8s.APITimeoutError, OSError) as error:
             raise Unreachable(context or "the current context", _why(error)) from None
         except (
             Exception

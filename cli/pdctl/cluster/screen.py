@@ -50,7 +50,7 @@ def counts(snapshot: Snapshot) -> str:
     told = []
     for one in sorted(snapshot.workloads, key=lambda one: ("prefill", "decode", "router").index(one.role)
                       if one.role in ("prefill", "decode", "router") else 9):  # fmt: skip
-        old = f" (+{one.others} old)" if one.others else ""
+        old = f" (+{one.others} going)" if one.others else ""
         told.append(f"{one.role or one.name} {one.ready}/{one.wanted}{old}")
     return "  ".join(told)
 

@@ -279,7 +279,7 @@ def _refused(workload: Workload, snapshot: Snapshot) -> Iterator[Finding]:
         )
         fix = "have the quota raised, or ask for less (pdctl scale prefill=… decode=…)"
         yield Finding(Kind.QUOTA, who, message, fix, patience=10.0)
-    elif found := re.search(r"violates PodSecurity \"?([^\":]+)[^:]*: (.+)", told):
+    elif found := re.search(r'violates PodSecurity "([^":]+)[^"]*": (.+)', told):
         fix = "set rdma.ipcLock=false and drop other special rights"
         if "IPC_LOCK" in found[2] or "runAsUser=0" in found[2]:
             fix = (
@@ -301,7 +301,8 @@ def _refused(workload: Workload, snapshot: Snapshot) -> Iterator[Finding]:
             if webhook and waits
             else "change what it forbids, or ask who runs the cluster"
         )
-        yield Finding(Kind.ADMISSION, who, _last_line(told), fix, patience=180.0 if waits else 20.0)
+        message = _last_line(re.sub(r'^pods "[^"]+" is forbidden: ', "", told))
+        yield Finding(Kind.ADMISSION, who, message, fix, patience=180.0 if waits else 20.0)
 
 
 def _of_workload(workload: Workload, snapshot: Snapshot, tails: Tails) -> Iterator[Finding]:

@@ -130,7 +130,7 @@ class Workload:
     Args:
         wanted: pods that it should have.
         ready: pods of its newest template that are ready (Job: that succeeded).
-        others: pods of an older template that are still there.
+        others: pods that are still there and are to go: of an older template, or too many.
         settled: whether the controller has seen its newest specification.
         refused: why it cannot make pods, in the API's own words; empty when it can.
         overdue: whether its progress deadline is over (Job: whether it failed).
@@ -257,13 +257,14 @@ def read_workload(thing: Object) -> Workload:
         )  # fmt: skip
     refused = conditions.get("ReplicaFailure") or {}
     progress = conditions.get("Progressing") or {}
-    updated = int(status.get("updatedReplicas", 0))
+    updated, there = int(status.get("updatedReplicas", 0)), int(status.get("replicas", 0))
+    wanted = int(spec.get("replicas", 1))
     overdue = progress.get("status") == "False" and progress.get("reason") == "ProgressDeadlineExceeded"
     return Workload(
-        "Deployment", meta["name"], role_of(thing), int(spec.get("replicas", 1)),
+        "Deployment", meta["name"], role_of(thing), wanted,
         # availableReplicas counts pods of old templates, too; those are the total less the updated ones
         ready=min(updated, int(status.get("availableReplicas", 0))),
-        others=max(0, int(status.get("replicas", 0)) - updated),
+        others=max(0, there - updated, there - wanted),
         settled=int(status.get("observedGeneration", 0)) >= int(meta.get("generation", 1)),
         refused=refused.get("message", "") if refused.get("status") == "True" else "",
         overdue=overdue, overdue_message=progress.get("message", "") if overdue else "",
