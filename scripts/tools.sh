@@ -26,6 +26,9 @@ pins='
   kube-controller-manager v1.36.3 k8s.io/kubernetes                         cmd/kube-controller-manager k8s.io/component-base/version.gitVersion
   kube-scheduler  v1.36.3   k8s.io/kubernetes                                 cmd/kube-scheduler    k8s.io/component-base/version.gitVersion
   kubectl         v1.36.3   k8s.io/kubernetes                                 cmd/kubectl           k8s.io/component-base/version.gitVersion
+  kubelet         v1.36.3   k8s.io/kubernetes                                 cmd/kubelet           k8s.io/component-base/version.gitVersion
+  kube-proxy      v1.36.3   k8s.io/kubernetes                                 cmd/kube-proxy        k8s.io/component-base/version.gitVersion
+  coredns         v1.14.1   github.com/coredns/coredns                        .                     -
   kwok            v0.8.0    sigs.k8s.io/kwok                                  cmd/kwok              sigs.k8s.io/kwok/pkg/consts.Version
 '
 # Modules that hold the custom resources which the charts may render; a name of its own for them: crds.
@@ -64,7 +67,7 @@ fits() {
     helmfile) said=$("$path" version -o short 2>/dev/null) && grep -qE '^v?1\.([7-9]|[1-9][0-9])' <<<"$said" ;;
     kubeconform) said=$("$path" -v 2>/dev/null) && grep -qE '^v0\.([7-9]|[1-9][0-9])' <<<"$said" ;;
     kubectl) said=$("$path" version --client 2>/dev/null) && grep -qE '^Client Version: v1\.(3[5-7])\.[0-9]+$' <<<"$said" ;;
-    kube-*) said=$("$path" --version 2>/dev/null) && [ "$said" = "Kubernetes $(pin "$1" 2)" ] ;;
+    kube-* | kubelet) said=$("$path" --version 2>/dev/null) && [ "$said" = "Kubernetes $(pin "$1" 2)" ] ;;
     etcd) said=$("$path" --version 2>/dev/null) && grep -qE '^etcd Version: 3\.([6-9]|[1-9][0-9])' <<<"$said" ;;
     *) return 1 ;;
   esac
@@ -72,18 +75,16 @@ fits() {
 
 # Builds NAME in the current folder, in a module of its own that requires the program's.
 build() {
-  local name=$1 version module package flags
+  local name=$1 version module package flags variable
   version=$(pin "$name" 2) module=$(pin "$name" 3) package=$(pin "$name" 4)
   printf 'module around\n\ngo 1.26.0\n\nrequire %s %s\n\nreplace (\n%s\n)\n' "$module" "$version" "$(replaced "$module" "$version")" > go.mod
   [ "$package" = . ] && package=$module || package=$module/$package
   flags="-s -w"
-  case $module in
-    go.etcd.io/*) ;; # knows its version by itself
-    k8s.io/kubernetes) # also in two parts, which Helm compares
-      flags+=" -X $(pin "$name" 5)=$version -X $(pin "$name" 5 | sed 's/gitVersion/gitMajor/')=1"
-      flags+=" -X $(pin "$name" 5 | sed 's/gitVersion/gitMinor/')=$(cut -d. -f2 <<<"$version")" ;;
-    *) flags+=" -X $(pin "$name" 5)=$version" ;;
-  esac
+  variable=$(pin "$name" 5)
+  if [ "$variable" != - ]; then flags+=" -X $variable=$version"; fi
+  if [ "$module" = k8s.io/kubernetes ]; then # also in parts, which the API server tells
+    flags+=" -X ${variable%Version}Major=1 -X ${variable%Version}Minor=$(cut -d. -f2 <<<"$version")"
+  fi
   CGO_ENABLED=0 go build -p "$jobs" -mod=mod -trimpath -ldflags "$flags" -o "$name" "$package"
   if [ "$name" = kwok ]; then # its custom resources, and the stages in the life of a fake pod, are files beside it
     cp -R "$(go list -mod=mod -m -f '{{.Dir}}' "$module")/kustomize" .
@@ -104,6 +105,28 @@ crd_schemas() {
   FILENAME_FORMAT='{kind}-{group}-{version}' "$root/.venv/bin/python" "$checker/scripts/openapi2jsonschema.py" \
     "${crds}_podmonitors.yaml" "${crds}_servicemonitors.yaml" "${crds}_prometheusrules.yaml" \
     "$scaler/config/crd/bases/keda.sh_scaledobjects.yaml" >/dev/null
+}
+
+# The container that holds a pod's namespaces open on real nodes.
+pause() { CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o pause "$root/scripts/pause.go"; }
+
+# What real nodes need of the system, since runc and the plugins are not built by Go alone: installed by root where the
+# package manager is known, else told. Without them only the tests on real nodes are left out.
+lacking() {
+  local name
+  for name in containerd runc nft; do command -v $name >/dev/null || echo ${name/nft/nftables}; done
+  [ -x /usr/lib/cni/bridge ] || [ -x /opt/cni/bin/bridge ] || echo containernetworking-plugins
+}
+node_packages() {
+  local missing
+  mapfile -t missing < <(lacking)
+  [ ${#missing[@]} = 0 ] && return
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "installing ${missing[*]} with apt-get"
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}"; } >/dev/null || true
+  fi
+  mapfile -t missing < <(lacking)
+  [ ${#missing[@]} = 0 ] || say "make e2e needs ${missing[*]}, which only the system's package manager has; going on without"
 }
 
 # Gives where NAME is in the cache, and makes it when it is not there yet; VERSION is what its entry is called by.
@@ -138,13 +161,18 @@ cached() {
   echo "$entry"
 }
 
-known="$(awk 'NF {print $1}' <<<"$pins") crds"
+known="$(awk 'NF {print $1}' <<<"$pins") crds pause node"
 mkdir -p .tools/bin
 for name in ${*:-$known}; do
   grep -qw -- "$name" <<<"${known//$'\n'/ }" || die "there is no $name; known: ${known//$'\n'/ }"
   if [ "$name" = crds ]; then
     entry=$(cached crds "${prometheus_operator##*@}-${keda##*@}" crd_schemas)
     ln -sfn "$entry" .tools/schemas
+  elif [ "$name" = pause ]; then
+    entry=$(cached pause 1 pause)
+    ln -sf "$entry/pause" .tools/bin/pause
+  elif [ "$name" = node ]; then
+    node_packages
   elif fits "$name"; then
     ln -sf "$(command -v "$name")" ".tools/bin/$name"
   else

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .control_plane import ClusterError, ControlPlane
+from .control_plane import Cluster, ClusterError, ControlPlane
 from .fake_nodes import fake_cluster
 
 
@@ -25,12 +25,12 @@ def cluster() -> Iterator[ControlPlane]:
 
 
 @pytest.fixture
-def namespace(cluster: ControlPlane) -> Iterator[str]:
+def namespace(cluster: Cluster) -> Iterator[str]:
     """Give a namespace of the test's own."""
     name = f"t-{uuid.uuid4().hex[:8]}"
     made = {"metadata": {"name": name}}
     cluster.api.post("/api/v1/namespaces", json=made).raise_for_status()
     account = f"/api/v1/namespaces/{name}/serviceaccounts/default"
-    cluster.programs.until(lambda: cluster.api.get(account).is_success, "the namespace is complete")
+    cluster.until(lambda: cluster.api.get(account).is_success, "the namespace is complete")
     yield name
     cluster.api.delete(f"/api/v1/namespaces/{name}").raise_for_status()

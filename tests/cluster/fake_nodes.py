@@ -117,7 +117,7 @@ def fake_nodes(plane: ControlPlane, slot: int, count: int = 2) -> Iterator[None]
             "kubelet", sys.executable, "-m", "cluster.kubelet", plane.folder, plane.url, *names,
             environment={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
-        plane.programs.until(lambda: all(map(_usable, _those(plane, names))), "the nodes are Ready")
+        plane.until(lambda: all(map(_usable, _those(plane, names))), "the nodes are Ready")
         yield
 
 

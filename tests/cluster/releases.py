@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .control_plane import BIN, ClusterError, ControlPlane
+from .control_plane import BIN, Cluster, ClusterError
 
 MODEL = "tiny"
 ENGINES = {
@@ -28,7 +28,7 @@ ROUTER = {
 class Releases:
     """Releases of the charts in one namespace."""
 
-    def __init__(self, cluster: ControlPlane, namespace: str) -> None:
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
         self.cluster = cluster
         self.namespace = namespace
 
@@ -82,7 +82,7 @@ class Releases:
     def until_ready(self, release: str, count: int, seconds: float = 90) -> None:
         """Wait until a release has so many ready pods and no other."""
         try:
-            self.cluster.programs.until(
+            self.cluster.until(
                 lambda: [is_ready(one) for one in self.pods(release)] == [True] * count,
                 f"{release} has {count} ready pods and no other",
                 seconds,

@@ -2,14 +2,14 @@
 
 import httpx
 
-from .control_plane import ControlPlane
+from .control_plane import Cluster
 from .releases import Releases, is_ready
 
 PODS = "/api/v1/namespaces/{}/pods"
 
 
 def test_sixteen_engines_of_the_shipped_size_fit_and_answer_at_their_pods_addresses(
-    cluster: ControlPlane, namespace: str
+    cluster: Cluster, namespace: str
 ) -> None:
     here = Releases(cluster, namespace)
     here.engines("ms-tiny", 8, 8)
@@ -23,13 +23,11 @@ def test_sixteen_engines_of_the_shipped_size_fit_and_answer_at_their_pods_addres
     nodes = {one["spec"]["nodeName"] for one in here.pods("ms-tiny")}
     assert nodes == {"gpu-0", "gpu-1"}
     here.kubectl("scale", "deployment/ms-tiny-pd-engines-decode", "--replicas=9")
-    cluster.programs.until(
-        lambda: "Insufficient nvidia.com/gpu" in here.kubectl("get", "events"), "there is no 17th GPU"
-    )
+    cluster.until(lambda: "Insufficient nvidia.com/gpu" in here.kubectl("get", "events"), "there is no 17th GPU")
 
 
 def test_an_engine_that_refuses_its_flags_restarts_and_its_last_words_are_in_the_pods_status(
-    cluster: ControlPlane, namespace: str
+    cluster: Cluster, namespace: str
 ) -> None:
     here = Releases(cluster, namespace)
     here.engines("ms-tiny", 0, 1, args=["--no-such-flag"])
@@ -38,7 +36,7 @@ def test_an_engine_that_refuses_its_flags_restarts_and_its_last_words_are_in_the
         told = [one for pod in here.pods("ms-tiny") for one in pod["status"].get("containerStatuses", ())]
         return any(one["state"].get("waiting", {}).get("reason") == "CrashLoopBackOff" for one in told)
 
-    cluster.programs.until(crashing, "the engine is in CrashLoopBackOff")
+    cluster.until(crashing, "the engine is in CrashLoopBackOff")
     [pod] = here.pods("ms-tiny")
     [container] = pod["status"]["containerStatuses"]
     assert container["restartCount"] >= 1
@@ -48,7 +46,7 @@ def test_an_engine_that_refuses_its_flags_restarts_and_its_last_words_are_in_the
     assert not is_ready(pod)
 
 
-def test_logs_and_port_forwarding_work_as_on_a_real_node(cluster: ControlPlane, namespace: str) -> None:
+def test_logs_and_port_forwarding_work_as_on_a_real_node(cluster: Cluster, namespace: str) -> None:
     here = Releases(cluster, namespace)
     here.engines("ms-tiny", 1, 1)
     here.until_ready("ms-tiny", 2)

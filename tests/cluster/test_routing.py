@@ -1,71 +1,23 @@
 """The router beside a real API: it finds the engines of its release and follows what becomes of them."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 import httpx
 import pytest
 
-from chaos.fleet import Fleet
-from support.processes import Process, engine
 from support.requests import CHAT
 
-from .control_plane import ControlPlane
-from .releases import ENGINES, MODEL, Releases
-
-ENGINES_OF, ROUTER_OF = "ms-tiny", "router"
-
-
-class Served:
-    """Engines and a router in a namespace, seen as a client and as an operator see them."""
-
-    def __init__(self, releases: Releases) -> None:
-        self.releases = releases
-        self.plain = engine("both", "--speed", "50")
-
-    @property
-    def router(self) -> str:
-        """Address of the router's pod."""
-        return next(iter(self.releases.addresses(ROUTER_OF)))
-
-    def known(self) -> set[str]:
-        """Addresses of the engines that the router knows and finds well."""
-        workers = httpx.get(f"http://{self.router}:29001/list_workers", trust_env=False).json()["workers"]
-        return {httpx.URL(one["url"]).host for one in workers if one["healthy"]}
-
-    def until_known(self, prefill: int, decode: int) -> None:
-        """Wait until the router knows just the ready engines, and they are so many."""
-        self.releases.cluster.programs.until(
-            lambda: self._same(prefill, decode), f"{prefill}+{decode} engines are known"
-        )
-
-    def _same(self, prefill: int, decode: int) -> bool:
-        there = [self.releases.addresses(ENGINES_OF, role) for role in ("prefill", "decode")]
-        return [len(one) for one in there] == [prefill, decode] and self.known() == there[0] | there[1]
-
-    def under_load(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do something while clients ask; fail when a request fails or a text is not a plain engine's."""
-        bed = Fleet([], [], self.plain, Process([], f"http://{self.router}:10001"))
-
-        async def main() -> list[str]:
-            await bed.under_load(work(), clients=6)
-            return await bed.compare()
-
-        with self.plain:
-            different = asyncio.run(main())
-        bed.told()
-        assert len(bed.outcomes) > 20
-        assert not different, (
-            f"{len(different)} of {len(bed.outcomes)}; the first: {different[0]}{self.releases.told()}"
-        )
+from .control_plane import Cluster
+from .releases import ENGINES, MODEL, ROUTER, Releases
+from .served import ENGINES_OF, ROUTER_OF, Served
 
 
 @pytest.fixture
-def served(cluster: ControlPlane, namespace: str) -> Served:
+def served(cluster: Cluster, namespace: str) -> Served:
     """Give 2 prefill and 3 decode engines behind a router, all from the charts, all Ready."""
     releases = Releases(cluster, namespace)
     releases.engines(ENGINES_OF, 2, 3)
-    releases.router(ROUTER_OF, ENGINES_OF)
+    releases.router(ROUTER_OF, ENGINES_OF, config=ROUTER["config"] | {"log_level": "debug"})
     releases.until_ready(ENGINES_OF, 5)
     releases.until_ready(ROUTER_OF, 1)
     made = Served(releases)
@@ -75,7 +27,7 @@ def served(cluster: ControlPlane, namespace: str) -> Served:
 
 def test_a_chat_through_the_router_moves_kv_between_two_pods(served: Served) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "return value " * 300}], "max_tokens": 8}
-    answer = httpx.post(f"http://{served.router}:10001{CHAT}", json=body, timeout=60, trust_env=False)
+    answer = httpx.post(served.url + CHAT, json=body, timeout=60, trust_env=False)
     assert answer.status_code == 200, answer.text
     moved = []
     for address in served.releases.addresses(ENGINES_OF, "decode"):
@@ -131,10 +83,13 @@ def test_an_api_server_that_is_away_costs_no_request_and_what_changed_is_learned
         await asyncio.to_thread(served.until_known, 2, 3)
 
     served.under_load(work)
+    assert "no longer has the changes since the last one; reading all anew" in here.kubectl(
+        "logs", f"deploy/{ROUTER_OF}"
+    )
 
 
 def test_a_router_without_its_role_says_which_rule_is_missing_and_is_not_ready(
-    cluster: ControlPlane, namespace: str
+    cluster: Cluster, namespace: str
 ) -> None:
     here = Releases(cluster, namespace)
     here.router(ROUTER_OF, ENGINES_OF, rbac={"create": False})
@@ -143,12 +98,12 @@ def test_a_router_without_its_role_says_which_rule_is_missing_and_is_not_ready(
         done = cluster.run("kubectl", "-n", namespace, "logs", "-l", "app.kubernetes.io/component=router")
         return "resources: [endpointslices], verbs: [list, watch]" in done.stdout
 
-    cluster.programs.until(told, "the router's log names the rule")
+    cluster.until(told, "the router's log names the rule")
     assert here.addresses(ROUTER_OF) == set()
 
 
 def test_the_routers_account_may_read_endpointslices_of_its_namespace_and_nothing_else(
-    cluster: ControlPlane, namespace: str
+    cluster: Cluster, namespace: str
 ) -> None:
     here = Releases(cluster, namespace)
     here.router(ROUTER_OF, ENGINES_OF)
@@ -164,7 +119,7 @@ def test_the_routers_account_may_read_endpointslices_of_its_namespace_and_nothin
         assert refused.stdout == "no\n"
 
 
-def test_two_releases_in_one_namespace_keep_their_pods_apart(cluster: ControlPlane, namespace: str) -> None:
+def test_two_releases_in_one_namespace_keep_their_pods_apart(cluster: Cluster, namespace: str) -> None:
     here = Releases(cluster, namespace)
     here.engines("ms-one", 1, 1)
     here.engines("ms-two", 1, 2)
