@@ -1,7 +1,7 @@
 """Why pods are not ready, told from what the API says of them.
 
-`podstates/` holds what a real API server, scheduler and controllers said of deployments that did not come up, as pdctl's
-evidence keeps it; its pods' containers were told by the fake kubelet of tests/cluster. Below them are a real kubelet's
+`podstates/` holds what a real API server, scheduler and controllers said of deployments that did not come up, cut
+out of pdctl's evidence; its pods' containers were told by the fake kubelet of tests/cluster. Below them are a real kubelet's
 words for what such a kubelet does not do.
 """
 
@@ -98,10 +98,17 @@ def test_a_recorded_webhook_that_does_not_answer_is_named_and_may_come_back() ->
     assert finding.patience > 60
 
 
-def test_a_recorded_missing_secret() -> None:
+def test_a_recorded_secret_without_the_key() -> None:
     finding = only(recorded("secret"), Kind.REFERENCE)
+    assert finding.message == "Secret llm-d-hf-token has no key HF_TOKEN"
+    assert "huggingFace.secretKey" in finding.fix
+
+
+def test_a_missing_secret() -> None:
+    waiting = {"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "llm-d-hf-token" not found'}}
+    finding = only(of(pod(containerStatuses=[container(state=waiting)])), Kind.REFERENCE)
     assert finding.message == "there is no Secret llm-d-hf-token"
-    assert "HF_TOKEN" in finding.fix
+    assert "set HF_TOKEN" in finding.fix
 
 
 @pytest.mark.parametrize(
@@ -146,7 +153,7 @@ def crashed(tail: str, code: int = 1, reason: str = "Error", restarts: int = 1) 
          "cache memory (2 GiB).", "no room for the KV cache", True),
         ("RuntimeError: No CUDA GPUs are available", "sees no usable GPU", False),
         ("OSError: [Errno 28] No space left on device", "the disk is full", True),
-        ("PermissionError: [Errno 13] Permission denied: '/model-cache/hub'", "may not write to /model-cache/hub", True),
+        ("PermissionError: [Errno 13] Permission denied: '/model-cache/hub'", "may not write to /model-cache", True),
         ("RuntimeError: NIXL is not available", "has no NIXL", True),
     ],
 )  # fmt: skip

@@ -29,8 +29,8 @@ def pdctl(cluster: ControlPlane, tmp_path: pathlib.Path) -> Iterator[Pdctl]:
     cluster.api.delete(f"/api/v1/namespaces/{made.namespace}")
 
 
-def everything(plane: ControlPlane) -> set[str]:
-    """Give each object that the API can list, as `kind namespace/name`."""
+def everything(plane: ControlPlane, mine: str) -> set[str]:
+    """Give each object that the API can list, as `kind namespace/name`, but for those of other tests' namespaces."""
     roots = ["/api/v1"]
     roots += [f"/apis/{one['preferredVersion']['groupVersion']}" for one in plane.api.get("/apis").json()["groups"]]
     found = set()
@@ -40,10 +40,11 @@ def everything(plane: ControlPlane) -> set[str]:
                 continue
             for thing in plane.items(f"{root}/{kind['name']}"):
                 meta = thing["metadata"]
-                space = meta.get("namespace", "")
-                if meta.get("deletionTimestamp") or space.startswith("t-"):
-                    continue  # other tests' namespaces on their way out
-                found.add(f"{kind['name']} {space}/{meta['name']}")
+                parent = thing.get("spec", {}).get("parentRef", {})  # of the address of a Service
+                space = meta.get("namespace") or parent.get("namespace", "")
+                own = meta["name"] if kind["name"] == "namespaces" else space
+                if own == mine or not own.startswith("t-"):
+                    found.add(f"{kind['name']} {space}/{meta['name']}")
     return found
 
 
@@ -62,9 +63,9 @@ def of_namespace(plane: ControlPlane, namespace: str) -> set[str]:
 
 def test_the_whole_life_of_a_deployment_costs_no_request_and_leaves_nothing(pdctl: Pdctl) -> None:
     plane = pdctl.plane
-    before = everything(plane)
+    before = everything(plane, pdctl.namespace)
     pdctl.deploy("--dry-run").says(0, "2 GPUs wanted", "dry run: nothing was changed")
-    assert everything(plane) == before
+    assert everything(plane, pdctl.namespace) == before
 
     pdctl.deploy(prefill=2, decode=3).says(0, "ready http://vllm-router-llama31", "prefill 2/2  decode 3/3  router 1/1")
     told = pdctl.told("status")
@@ -114,7 +115,7 @@ def test_the_whole_life_of_a_deployment_costs_no_request_and_leaves_nothing(pdct
 
     cleaned = pdctl.run("cleanup", "-y", "--delete-namespace")
     cleaned.says(0, "goes   release ms-llama31", f"gone: {pdctl.namespace}")
-    assert everything(plane) == before
+    assert everything(plane, pdctl.namespace) == before
     assert not list(pdctl.state.rglob("record.json"))
 
 

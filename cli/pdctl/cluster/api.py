@@ -45,7 +45,8 @@ class ApiError(PdctlError):
             401: "log in again: the cluster does not accept the credentials of this context",
             403: "ask who runs the cluster for this right, or choose another --context",
         }.get(status, "see the message; pdctl doctor checks the rest")
-        super().__init__(f"{what}: {message}", step)
+        lacking = status in (401, 403)
+        super().__init__(f"{what}: {message}", step, ExitCode.PREFLIGHT if lacking else ExitCode.FAILURE)
         self.status, self.reason, self.message = status, reason, message
 
 
