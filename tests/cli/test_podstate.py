@@ -1,8 +1,8 @@
 """Why pods are not ready, told from what the API says of them.
 
 `podstates/` holds what a real API server, scheduler and controllers said of deployments that did not come up, cut
-out of pdctl's evidence; its pods' containers were told by the fake kubelet of tests/cluster. Below them are a real kubelet's
-words for what such a kubelet does not do.
+out of pdctl's evidence; its pods' containers were told by the fake kubelet of tests/cluster. Further down are words of
+a real kubelet for what that one does not do.
 """
 
 import pathlib
