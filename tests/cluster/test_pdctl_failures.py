@@ -164,7 +164,9 @@ def test_whoever_lacks_rights_is_told_which_before_anything_is_changed(pdctl: Pd
         roleRef=reader, subjects=[subject],
     )  # fmt: skip
     failed = pdctl.deploy(KUBECONFIG=restricted)
-    failed.says(3, "fail  rights", "create deployments", "create secrets", "ask who runs the cluster")
+    failed.says(
+        3, "fail  rights", "deployments (create, patch, delete)", "namespaces (create)", "ask who runs the cluster"
+    )
     plane.api.delete(f"/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/{pdctl.namespace}").raise_for_status()
     pdctl.deploy().says(0, "ready ")
 

@@ -61,6 +61,7 @@ def of_namespace(plane: ControlPlane, namespace: str) -> set[str]:
     }
 
 
+@pytest.mark.timeout(900)  # a dozen commands, on a busy machine
 def test_the_whole_life_of_a_deployment_costs_no_request_and_leaves_nothing(pdctl: Pdctl) -> None:
     plane = pdctl.plane
     before = everything(plane, pdctl.namespace)

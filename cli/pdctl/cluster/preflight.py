@@ -60,23 +60,24 @@ async def _version(scene: Scene) -> Check:
 
 
 async def _rights(scene: Scene) -> Check:
-    asked = [(resource, verb) for resource, verbs in _RIGHTS for verb in verbs]
-    allowed = await asyncio.gather(
-        *(scene.cluster.allowed(verb, what, scene.namespace, paths.group_of(what)) for what, verb in asked),
-        scene.cluster.allowed("get", "pods", scene.namespace, subresource="log"),
-        scene.cluster.allowed("create", "pods", scene.namespace, subresource="portforward"),
-        *([scene.cluster.allowed("create", "namespaces")] if scene.space is None else []),
-    )
-    words = [f"{verb} {what}" for what, verb in asked] + [
-        "get pods/log",
-        "create pods/portforward",
-        "create namespaces",
-    ]
-    missing = [word for word, may in zip(words, allowed, strict=False) if not may]
+    cluster = scene.cluster
+    asked = [(what, verb, "") for what, verbs in _RIGHTS for verb in verbs]
+    asked += [("pods", "get", "log"), ("pods", "create", "portforward")]
+    asked += [("namespaces", "create", "")] if scene.space is None else []
+
+    async def may(what: str, verb: str, part: str) -> bool:
+        space = "" if what == "namespaces" else scene.namespace
+        return await cluster.allowed(verb, what, space, paths.group_of(what), part)
+
+    missing: dict[str, list[str]] = {}
+    for (what, verb, part), allowed in zip(asked, await asyncio.gather(*(may(*one) for one in asked)), strict=True):
+        if not allowed:
+            missing.setdefault(f"{what}/{part}".rstrip("/"), []).append(verb)
     if not missing:
-        return Check("rights", Mark.OK, f"all {len(allowed)} that are needed")
+        return Check("rights", Mark.OK, f"all {len(asked)} that are needed")
+    told = "; ".join(f"{what} ({', '.join(verbs)})" for what, verbs in missing.items())
     return Check(
-        "rights", Mark.FAIL, f"missing: {', '.join(missing)}",
+        "rights", Mark.FAIL, f"missing: {told}",
         f"ask who runs the cluster for them in namespace {scene.namespace}, or choose another --context",
     )  # fmt: skip
 

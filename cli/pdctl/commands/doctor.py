@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import typer
+from rich.text import Text
 
 from pdctl.check import Mark
 from pdctl.cluster.screen import checks_table
@@ -28,13 +29,15 @@ def doctor(
     """
     target = find(name, namespace, context)
     try:
-        checks = list(examine(_gather(target)))
+        checks, simulated = list(examine(_gather(target))), target.simulated
     finally:
         target.close()
     if output is Format.TABLE:
+        out.print(Text.assemble((target.name, "bold"), ("  (simulated)" if simulated else "", "yellow")))
         out.print(checks_table(checks))
     else:
-        print_data([asdict(check) for check in checks], output.value)
+        told = [asdict(check) for check in checks]
+        print_data({"name": target.name, "simulated": simulated, "checks": told}, output.value)
     failed = [check for check in checks if check.mark is Mark.FAIL]
     if failed:
         err.print(f"{len(failed)} of {len(checks)} checks failed")
