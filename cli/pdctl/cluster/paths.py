@@ -5,6 +5,7 @@ NODES = "/api/v1/nodes"
 NAMESPACES = "/api/v1/namespaces"
 
 _CORE = (
+    "namespaces",
     "pods",
     "secrets",
     "services",
