@@ -223,6 +223,9 @@ def test_a_deployment_is_complete_when_all_new_pods_are_ready_and_no_old_one_is_
     assert of(wanted=2, replicas=2, updatedReplicas=2, availableReplicas=2).complete
     assert not of(wanted=2, replicas=3, updatedReplicas=2, availableReplicas=3).complete, "an old pod is left"
     assert not of(wanted=2, replicas=2, updatedReplicas=2, availableReplicas=1).complete
+    assert not of(wanted=2, replicas=4, updatedReplicas=4, availableReplicas=4).complete, "two are too many"
+    [rolling] = of(wanted=8, replicas=8, updatedReplicas=1, availableReplicas=7).workloads
+    assert (rolling.ready, rolling.others) == (0, 7), "those that are available are old ones"
     assert not read_snapshot(NOW, [], [deployment() | {"status": {"observedGeneration": 0}}]).complete
     assert of(wanted=0).complete, "none are wanted and none are there"
     assert not read_snapshot(NOW, [], []).complete, "nothing is there at all"

@@ -99,4 +99,6 @@ def _load(part: Health) -> tuple[str, str, str, str]:
         return f"{sums[0]} P", f"{sums[1]} D", "", ""
     if "kv_usage" in told and told.get("metrics_age") is not None:
         return f"{told['running']:g}", f"{told['waiting']:g}", f"{told['kv_usage']:.1%}", ""
+    if "in_flight" in told:  # the router reads engines' metrics only for policies that need them
+        return str(told["in_flight"]), "-", "-", "-"
     return "-", "-", "-", "-"

@@ -262,8 +262,8 @@ def read_workload(thing: Object) -> Workload:
     overdue = progress.get("status") == "False" and progress.get("reason") == "ProgressDeadlineExceeded"
     return Workload(
         "Deployment", meta["name"], role_of(thing), wanted,
-        # availableReplicas counts pods of old templates, too; those are the total less the updated ones
-        ready=min(updated, int(status.get("availableReplicas", 0))),
+        # availableReplicas counts pods of old templates, too: the total less the updated ones
+        ready=max(0, min(updated, int(status.get("availableReplicas", 0)) - max(0, there - updated))),
         others=max(0, there - updated, there - wanted),
         settled=int(status.get("observedGeneration", 0)) >= int(meta.get("generation", 1)),
         refused=refused.get("message", "") if refused.get("status") == "True" else "",
