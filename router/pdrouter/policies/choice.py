@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
+from pdrouter.policies.block_chain import BLOCK_TOKENS, BlockChain
 from pdrouter.policies.routing_key import RoutingKey
 
 RoleName = Literal["prefill", "decode"]
@@ -21,6 +22,10 @@ class Features(Protocol):
     @property
     def prefix(self) -> bytes:
         """The prompt as bytes: requests whose prompts begin alike have equal beginnings here."""
+
+    @property
+    def chain(self) -> BlockChain:
+        """The prompt as blocks: prompts that begin alike have equal numbers there."""
 
     @property
     def tokens(self) -> int:
@@ -136,11 +141,13 @@ class Commons:
         seed: makes random choices repeat; None draws afresh at each start.
         clock: seconds from any beginning, for what expires.
         shared: by a policy's name, what its two roles share (llm-d keeps one prefix index for both).
+        block_tokens: tokens of a full block in `Features.chain`.
     """
 
     seed: int | None = None
     clock: Callable[[], float] = time.monotonic
     shared: dict[str, object] = field(default_factory=dict)
+    block_tokens: int = BLOCK_TOKENS
 
     def draw(self) -> random.Random:
         """Give a source of random numbers of its own to a policy."""

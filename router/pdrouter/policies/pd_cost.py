@@ -96,7 +96,9 @@ class PdCost:
     @classmethod
     def of(cls, role: RoleName, commons: Commons) -> "PdCost":
         """Make a role's policy, which knows the other role's index for the bypass."""
-        indexes = commons.shared.setdefault("pd_cost", {"prefill": PrefixIndex(), "decode": PrefixIndex()})
+        indexes = commons.shared.setdefault(
+            "pd_cost", {"prefill": PrefixIndex(commons.block_tokens), "decode": PrefixIndex(commons.block_tokens)}
+        )
         assert isinstance(indexes, dict)
         return cls(role, commons.draw(), indexes)
 
@@ -160,7 +162,7 @@ class PdCost:
 
     def routed(self, request: Features, candidate: Candidate) -> None:
         """Record that the engine holds the prompt."""
-        self.index.held(request.prefix, candidate)
+        self.index.held(request.chain, candidate)
 
     def answered(self, request: Features, candidate: Candidate, generated: bytes) -> None:
         """Record that the engine holds the prompt and its answer."""

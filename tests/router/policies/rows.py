@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from functools import cached_property
+
 from pdrouter.policies import RoutingKey
+from pdrouter.policies.block_chain import BlockChain, block_chain
 
 
 @dataclass(eq=False)
@@ -30,6 +33,10 @@ class Ask:
 
     def __post_init__(self) -> None:
         self.key = RoutingKey(self.text, "")
+
+    @cached_property
+    def chain(self) -> BlockChain:
+        return block_chain(self.prefix)
 
     @property
     def tokens(self) -> int:
