@@ -104,6 +104,16 @@ class Profile:
             seconds += self.context_base + self.context_pair * context_pairs
         return seconds
 
+    def decode_run(self, sequences: int, context: int) -> tuple[float, float]:
+        """Give the time of a step that only decodes, and by how much each later one is longer while nobody joins.
+
+        `k` such steps in a row take `k * first + growth * k * (k - 1) / 2`, the sum of `step_seconds` over them: each
+        makes the context longer by a token for each sequence.
+        """
+        first = self.decode_base + self.decode_per_context_token * context
+        first += (self.decode_per_sequence + self.decode_per_sequence_squared * sequences) * sequences
+        return first, self.decode_per_context_token * sequences
+
     def frontend_seconds(self, prompt_tokens: int) -> float:
         """Give the time from the arrival of a prompt of token ids to its being in the scheduler's queue."""
         return self.frontend_base + self.frontend_per_token * prompt_tokens
