@@ -1,4 +1,4 @@
-"""The simulated engine's own scheduler and blocks, stepped one by one in virtual time: what the virtual engine must equal."""
+"""The simulated engine's scheduler and blocks, stepped one by one: what the virtual engine must equal."""
 
 import heapq
 import struct
@@ -54,7 +54,9 @@ class ReferenceEngine:
         self._in_flight = 0
         self._sources: dict[Sequence, tuple[ReferenceEngine, Sequence]] = {}
 
-    def submit(self, name: str, prompt: list[int], output: int, source: "tuple[ReferenceEngine, Sequence] | None") -> None:
+    def submit(
+        self, name: str, prompt: list[int], output: int, source: "tuple[ReferenceEngine, Sequence] | None"
+    ) -> None:
         params = {"do_remote_prefill": True, "remote_block_ids": [[1]]} if source else None
         if self.keeps:
             params = {"do_remote_decode": True}

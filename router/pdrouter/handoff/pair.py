@@ -108,8 +108,9 @@ class Pair(Handoff):
 
     __slots__ = (
         "_alone", "_asked", "_bare", "_began", "_body", "_call", "_coming", "_coming_at", "_continued",
-        "_decode", "_desk", "_fruitless", "_headed", "_path", "_paused", "_place", "_prefill", "_record",
-        "_refused", "_same", "_sink", "_stream", "_streams", "_ticket", "_way", "deadline", "passed", "state",
+        "_decode", "_desk", "_first_at", "_fruitless", "_headed", "_lacking", "_met", "_only", "_path", "_paused",
+        "_place", "_prefill", "_record", "_refused", "_same", "_sink", "_stream", "_streams", "_ticket", "_way",
+        "deadline", "passed", "state",
     )  # fmt: skip
 
     def __init__(
@@ -154,7 +155,9 @@ class Pair(Handoff):
         self._headed = False
         self._continued = False
         self._refused: list[Engine] = []
-        self._began = 0.0
+        self._began = self._first_at = 0.0
+        self._only = False
+        self._lacking = self._met = 0
         self._coming = 0
         self._coming_at: Engine | None = None
 
@@ -226,7 +229,8 @@ class Pair(Handoff):
         self._reserve(decode)
         request = self._way.request(prefill, prefill_leg(self._body))
         tokens = self._asked.tokens
-        queued = desk.routed(Role.PREFILL, self._asked, prefill)
+        queued = self._lacking = desk.routed(Role.PREFILL, self._asked, prefill)
+        self._only = not prefill.in_flight
         self._call = desk.pool.call(prefill, request, PrefillLeg(self, prefill), held=tokens, queued=queued, whole=True)
 
     def _reserve(self, decode: Engine | None) -> None:
@@ -284,6 +288,9 @@ class Pair(Handoff):
             return
         record.ticket_at = now
         desk.fleet.succeeded(engine)
+        times = desk.times.get(Role.PREFILL)
+        if times is not None and self._only:
+            times.prefilled(self._lacking, now - self._began)
         self._ticket = ticket
         desk.issued(ticket, self._asked.tokens)
         decode = self._decode
@@ -372,7 +379,7 @@ class Pair(Handoff):
             self._call = desk.greet(decode, Greeting(self, decode))
             return
         ticket.handed = True
-        desk.routed(Role.DECODE, self._asked, decode)
+        self._lacking = desk.routed(Role.DECODE, self._asked, decode)
         self._send_decode(decode, decode_leg(self._bare, ticket.params, self._tells_ids()), ticket, 0)
 
     def greeted(self, engine: Engine) -> None:
@@ -436,7 +443,13 @@ class Pair(Handoff):
             # Of an answer in one piece nothing is heard before it is complete, so its time is not the handoff's.
             took = self._desk.loop.time() - ticket.received if self._streams else None
             self._desk.edges.worked(ticket.prefill, engine, took)
+            if took is not None:
+                times = self._desk.times.get(Role.DECODE)
+                if times is not None:
+                    times.handed_over(self._lacking, took)
         self._fruitless = 0
+        self._first_at = perf_counter()
+        self._met = engine.held_tokens
         if not self._headed:
             self._headed = True
             self._sink.head(status, headers)
@@ -450,6 +463,11 @@ class Pair(Handoff):
         self.state = State.SETTLED
         self._call = None
         self._count()
+        times = self._desk.times.get(Role.DECODE)
+        stream = self._stream
+        if times is not None and stream is not None and not self._continued:
+            held = (self._met + engine.held_tokens) / 2
+            times.generated(held, stream.generated, perf_counter() - self._first_at)
         self._desk.waiting.wake()
         self._sink.end()
         if answer is not None:

@@ -14,6 +14,7 @@ from pdrouter.policies.choice import (
     PolicyFactory,
     RoleName,
     Scoring,
+    Timed,
 )
 from pdrouter.policies.consistent_hash import ConsistentHash
 from pdrouter.policies.kv_aware import KvAware
@@ -72,4 +73,5 @@ __all__ = [
     "RoundRobin",
     "RoutingKey",
     "Scoring",
+    "Timed",
 ]

@@ -126,6 +126,20 @@ class Learning(Protocol):
 
 
 @runtime_checkable
+class Timed(Protocol):
+    """A policy that learns what work takes. Times are seconds."""
+
+    def prefilled(self, uncached: int, seconds: float) -> None:
+        """A prefill engine that had nothing else to do when it came computed so many tokens of a prompt."""
+
+    def handed_over(self, uncached: int, seconds: float) -> None:
+        """A decode engine that lacked so many tokens of a prompt gave its first token so long after the ticket."""
+
+    def generated(self, held: float, tokens: int, seconds: float) -> None:
+        """An answer took so long from its first to its last token, on an engine that held so many tokens meanwhile."""
+
+
+@runtime_checkable
 class Bypassing(Protocol):
     """A policy that can tell when a prompt is better computed where its answer is generated."""
 

@@ -147,7 +147,9 @@ class Engine:
             self._tokenizing.append(sequence)
             return
         tokens = sequence.length
-        self._frontend_free = max(now + profile.frontend_seconds(tokens), self._frontend_free + self._per_token * tokens)
+        self._frontend_free = max(
+            now + profile.frontend_seconds(tokens), self._frontend_free + self._per_token * tokens
+        )
         clock.at(self._frontend_free, self._enqueue, sequence)
 
     def _tokenize(self, now: float, _: None) -> None:

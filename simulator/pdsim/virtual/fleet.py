@@ -102,19 +102,17 @@ class Fleet:
         self.router = Router(self.clock, names, seed, workload.block_tokens, setup.hop)
         kv_tokens = (setup.kv_tokens or profile.kv_cache_tokens) // BLOCK * BLOCK
 
-        def engines(role: str, count: int, network: int, port: int) -> list[Row]:
-            return [
-                Row(
-                    Engine(
-                        f"http://127.1.{network}.{number + 1}:{port}", role == "prefill", profile, self.clock, self.router,
-                        key_tokens=workload.block_tokens, kv_tokens=kv_tokens, text=setup.text, link=setup.link,
-                    ),
-                    kv_tokens, self.clock,
-                )
-                for number in range(count)
+        def engines(keeps: bool, count: int, network: int, port: int) -> list[Row]:
+            urls = [f"http://127.1.{network}.{number + 1}:{port}" for number in range(count)]
+            made = [
+                Engine(
+                    url, keeps, profile, self.clock, self.router, key_tokens=workload.block_tokens,
+                    kv_tokens=kv_tokens, text=setup.text, link=setup.link,
+                ) for url in urls
             ]  # fmt: skip
+            return [Row(engine, kv_tokens, self.clock) for engine in made]
 
-        self.router.of(engines("prefill", setup.prefill, 1, 8000), engines("decode", setup.decode, 2, 8200))
+        self.router.of(engines(True, setup.prefill, 1, 8000), engines(False, setup.decode, 2, 8200))
         self._setup = setup
         self._workload = workload
         self._left = len(workload.requests)
@@ -167,13 +165,18 @@ class Fleet:
         journeys = self.router.journeys
         engines = [row.engine for row in (*self.router.prefills, *self.router.decodes)]
         gaps = [gap for row in self.router.decodes for gap in row.engine.gaps]
-        table = np.array([
-            (one.first - one.arrived, one.done - one.arrived, one.asked.output, one.asked.tokens, one.cached, one.fetched * BLOCK)
-            for one in journeys
-        ], dtype=float).reshape(-1, 6).T  # fmt: skip
+        ttft, latency, output, prompt, cached, moved = np.array(
+            [
+                (
+                    one.first - one.arrived, one.done - one.arrived, one.asked.output, one.asked.tokens, one.cached,
+                    one.fetched * BLOCK,
+                ) for one in journeys
+            ], dtype=float,
+        ).reshape(-1, 6).T  # fmt: skip
         lengths, counts = np.array(gaps, dtype=float).reshape(-1, 2).T
         begin = journeys[0].arrived if journeys else 0.0
         return Run(
-            *table, lengths, counts, max((one.done for one in journeys), default=0.0) - begin, self.router.bypassed,
+            ttft, latency, output, prompt, cached, moved, lengths, counts,
+            max((one.done for one in journeys), default=0.0) - begin, self.router.bypassed,
             sum(engine.preempted for engine in engines), self.clock.happened,
         )  # fmt: skip

@@ -1,13 +1,13 @@
 """The router in virtual time: the way of `pdrouter.handoff.pair`, with the router's own policies.
 
-Policies see what they see in a router: its own counts at once, engines' metrics as old as they are, and an index of what
-was sent where. How long an answer will be nobody knows.
+Policies see what they see in a router: its own counts at once, engines' metrics as old as they are, and an index of
+what was sent where. How long an answer will be nobody knows.
 """
 
 from collections import deque
 from collections.abc import Sequence as Ordered
 
-from pdrouter.policies import POLICIES, Bypassing, Commons, Learning, Policy, RoleName
+from pdrouter.policies import POLICIES, Bypassing, Commons, Learning, Policy, Timed
 from pdsim.virtual.clock import Clock
 from pdsim.virtual.engine import Engine, Sequence
 from pdsim.virtual.workload import Asked
@@ -43,8 +43,8 @@ class Journey:
     """One request under way and what it met."""
 
     __slots__ = (
-        "arrived", "asked", "cached", "coming", "decode", "done", "fetched", "first", "held", "number",
-        "prefill", "queued", "sent",
+        "alone", "arrived", "asked", "cached", "coming", "decode", "done", "fetched", "first", "held", "lacking",
+        "met", "number", "prefill", "queued", "sent", "ticket",
     )  # fmt: skip
 
     def __init__(self, asked: Asked, number: int, arrived: float) -> None:
@@ -55,16 +55,16 @@ class Journey:
         self.decode: Row | None = None
         self.sent = -1.0
         self.first = self.done = -1.0
-        self.queued = self.held = self.coming = 0
+        self.queued = self.held = self.coming = self.lacking = self.met = 0
+        self.alone = False
+        self.ticket = -1.0
         self.cached = self.fetched = 0
 
 
 class Router:
     """Chooses engines and sends both legs. Hears of engines as their listener."""
 
-    def __init__(
-        self, clock: Clock, policies: tuple[str, str], seed: int, block_tokens: int, hop: float
-    ) -> None:  # fmt: skip
+    def __init__(self, clock: Clock, policies: tuple[str, str], seed: int, block_tokens: int, hop: float) -> None:
         """Prepare.
 
         Args:
@@ -88,6 +88,8 @@ class Router:
         self._decode_learns = self._decode if isinstance(self._decode, Learning) else None
         same = type(self._prefill) is type(self._decode)
         self._bypass = self._decode if isinstance(self._decode, Bypassing) and same else None
+        self._prefill_times = self._prefill if isinstance(self._prefill, Timed) else None
+        self._decode_times = self._decode if isinstance(self._decode, Timed) else None
         self._late = not self._decode.uses_key and self._decode.name not in ("round_robin", "random")
         self._typical = TYPICAL_OUTPUT
         self.over = self._over
@@ -143,6 +145,7 @@ class Router:
             uncached = learns.uncached(asked, prefill)
             learns.routed(asked, prefill)
         journey.queued = uncached
+        journey.alone = not prefill.in_flight
         prefill.in_flight += 1
         prefill.held_tokens += asked.tokens
         prefill.queued_tokens += uncached
@@ -163,11 +166,14 @@ class Router:
         prefill.held_tokens -= asked.tokens
         prefill.queued_tokens -= journey.queued
         journey.cached = sequence.cached
+        journey.ticket = now
+        if journey.alone and self._prefill_times is not None:
+            self._prefill_times.prefilled(journey.queued, now - journey.sent)
         decode.held_tokens -= journey.coming
         if self._late:
             decode = journey.decode = self._choose(self._decode, asked, self.decodes, self._needs(asked))
         if self._decode_learns is not None:
-            self._decode_learns.uncached(asked, decode)
+            journey.lacking = self._decode_learns.uncached(asked, decode)
             self._decode_learns.routed(asked, decode)
         self._send(now, journey, decode, self._needs(asked), (prefill.engine, sequence))
 
@@ -197,9 +203,13 @@ class Router:
         """The first token will be at the router at `sequence.first` and the way back."""
         journey: Journey = sequence.about
         journey.first = sequence.first + self._hop
+        assert journey.decode is not None
+        journey.met = journey.decode.held_tokens
         if journey.prefill is None:
             journey.cached = sequence.cached
             self.clock.at(journey.first, self._computed, journey)
+        elif self._decode_times is not None:
+            self._decode_times.handed_over(journey.lacking, journey.first - journey.ticket)
 
     def _computed(self, now: float, journey: Journey) -> None:
         assert journey.decode is not None
@@ -219,6 +229,9 @@ class Router:
         assert decode is not None
         decode.in_flight -= 1
         decode.held_tokens -= journey.held
+        if self._decode_times is not None:
+            held = (journey.met + decode.held_tokens) / 2
+            self._decode_times.generated(held, journey.asked.output, now - journey.first)
         self._typical += SMOOTH * (journey.asked.output - self._typical)
         while self.parked and self._start(now, self.parked[0]):
             self.parked.popleft()

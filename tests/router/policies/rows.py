@@ -1,7 +1,6 @@
 """Requests and engines as policies see them, with every figure at hand."""
 
 from dataclasses import dataclass, field
-
 from functools import cached_property
 
 from pdrouter.policies import RoutingKey
