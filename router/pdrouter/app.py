@@ -63,7 +63,7 @@ class Router:
         self._settings = settings
         self._loop = loop
         self.fleet = Fleet(loop)
-        commons = Commons(seed=settings.seed)
+        commons = Commons(seed=settings.seed, workers=worker.table.workers if worker is not None else 1)
         policies = {
             Role.PREFILL: POLICIES[settings.prefill_policy or settings.policy]("prefill", commons),
             Role.DECODE: POLICIES[settings.decode_policy or settings.policy]("decode", commons),

@@ -156,12 +156,14 @@ class Commons:
         clock: seconds from any beginning, for what expires.
         shared: by a policy's name, what its two roles share (llm-d keeps one prefix index for both).
         block_tokens: tokens of a full block in `Features.chain`.
+        workers: processes of the router, each of which has policies of its own.
     """
 
     seed: int | None = None
     clock: Callable[[], float] = time.monotonic
     shared: dict[str, object] = field(default_factory=dict)
     block_tokens: int = BLOCK_TOKENS
+    workers: int = 1
 
     def draw(self) -> random.Random:
         """Give a source of random numbers of its own to a policy."""

@@ -5,8 +5,10 @@ Prefill. A prefill engine computes prompts one after the other at a steady rate,
     (queued_tokens + uncached) / prefill_rate + handoff_base + handoff_per_token * tokens
 
 where `uncached` are the prompt's tokens that the engine does not hold. But work is not only this request's: whoever
-comes later waits for it too, and what one engine computes again another one need not have. So uncached tokens count
-`dearness` times: a cached engine is preferred until its queue is that much longer than the cached part.
+comes later waits for it too, which makes a second of work cost about `1 + full / (1 - busy)` seconds of everybody's,
+where `full` is how often all prefill engines are busy and `busy` how much of the time one is (waiting time in a queue
+with several servers, Erlang's C over what is left of them): the policy sees both when requests come. By this `dearness`
+uncached tokens are multiplied: on busy engines it takes a longer queue to leave a cached prefix.
 
 Decode. A step streams the weights, serves each request and reads the KV of all, so tokens are apart by
 
@@ -16,13 +18,15 @@ A request of `tokens` makes every other one on the engine slower by `itl_per_req
 token that it generates. The sum over both sides is what a choice costs: long prompts go where few are delayed by them,
 short ones where little KV is read. That beats even loads: the mean over tokens is a harmonic one over engines, so
 engines that differ give quicker tokens; `evenness` above 1 keeps the slowest engine within bounds. What the engine does
-not hold of the prompt has to be computed and moved, which is spread over the answer's tokens; so a conversation returns
-to its engine. Where the prompt and its answer exceed the room in the KV cache, vLLM lets the request wait or throws
-others out, so that engine is `no_room` seconds worse and more the less fits.
+not hold of the prompt has to be moved, or computed here if that costs less than prefill, which is spread over the
+answer's tokens; so a conversation returns to its engine. Where the prompt and its answer exceed the room in the KV
+cache, vLLM lets the request wait or throws others out, so that engine is `no_room` seconds worse and more the less
+fits.
 
 Bypass. The decode engine computes the prompt itself when that is quicker than prefill and the transfer, the time for
-which it keeps each of its own requests waiting included, and as long as no more than `bypass_share` of its time goes
-into that.
+which it keeps each of its own requests waiting included, and as long as all such waiting makes answers longer by no
+more than `bypass_share`. Prefill engines will lack what they did not compute when the conversation comes back to them,
+which is what `parting` stands for.
 
 What work costs is learned: a line through what prompts took that were alone on their engine, one through what handoffs
 took, one through the times between tokens, and the length of answers (`pdrouter.policies.fit`).
@@ -66,12 +70,13 @@ class Costs:
             benchmark's 200 (`router_runs`).
 
         itl_per_request: seconds that one more request adds to the time between tokens (the same plane).
-        dearness: how much an uncached token counts against one that is queued already.
+        dearest: the most that an uncached token counts against one that is queued already.
         evenness: how much this request's own time between tokens counts against that of each other one.
         stall_weight: how much a second counts for which a request on the decode engine waits because of a prompt that
             is computed there, against a second of this request's.
-        bypass_share: share of a decode engine's time that prompts may take there.
-        bypass_most: tokens that may be computed there at once, after a time without any.
+        parting: how much more a token counts that only a decode engine computes.
+        bypass_share: by how much prompts that decode engines compute may make answers longer.
+        bypass_saved: seconds of waiting that may be saved up for.
         no_room: seconds between tokens that an engine without room for the request is worse; any figure far over those
             that load can make will do.
         full: share of the KV cache in use from which an engine of unknown size has no room.
@@ -87,20 +92,21 @@ class Costs:
     expected_output: int = 200
 
     itl_per_request: float = 1.50e-5
-    dearness: float = 5.0
+    dearest: float = 8.0
     evenness: float = 1.5
     stall_weight: float = 5.0
-    bypass_share: float = 0.05
-    bypass_most: int = 4096
+    parting: float = 2.0
+    bypass_share: float = 0.03
+    bypass_saved: float = 10.0
     no_room: float = 1.0
     full: float = 0.95
     fresh: float = 5.0
 
 
 class Learned:
-    """What both roles of a router have learned: costs, and what engines hold."""
+    """What both roles of a router have learned: costs, load, and what engines hold."""
 
-    __slots__ = ("costs", "handoff", "indexes", "itl", "output", "prefill")
+    __slots__ = ("busy", "costs", "full", "handoff", "indexes", "itl", "output", "prefill", "prefills", "saved")
 
     def __init__(self, costs: Costs, block_tokens: int) -> None:
         self.costs = costs
@@ -112,6 +118,14 @@ class Learned:
         self.handoff = Line(costs.handoff_base, costs.handoff_per_token, _FAR)
         self.itl = Line(costs.itl_base, costs.itl_per_token, _MUCH)
         self.output = float(costs.expected_output)
+        self.busy = self.full = 0.0
+        self.prefills: Sequence[Candidate] = ()
+        self.saved = costs.bypass_saved
+
+    @property
+    def dearness(self) -> float:
+        """How much an uncached token counts against one that is queued already."""
+        return min(self.costs.dearest, 1 + self.full / max(1 - self.busy, 0.01))
 
 
 class PdCost:
@@ -121,8 +135,9 @@ class PdCost:
     uses_key = False
 
     def __init__(
-        self, role: RoleName, draw: random.Random, learned: Learned, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+        self, role: RoleName, draw: random.Random, learned: Learned, clock: Callable[[], float] = time.monotonic,
+        workers: int = 1,
+    ) -> None:  # fmt: skip
         """Prepare.
 
         Args:
@@ -130,11 +145,13 @@ class PdCost:
             draw: for ties.
             learned: what both roles know.
             clock: seconds from any beginning.
+            workers: processes that choose as this one does.
         """
         self._prefill = role == "prefill"
         self._draw = draw
         self._clock = clock
-        self._allowed: dict[str, tuple[float, float]] = {}  # tokens that an engine may still compute, and since when
+        self._chose = clock()
+        self._share = learned.costs.bypass_share / workers
         self.learned = learned
         self.index = learned.indexes[role]
 
@@ -145,11 +162,36 @@ class PdCost:
         if learned is None:
             learned = commons.shared["pd_cost"] = Learned(costs or Costs(), commons.block_tokens)
         assert isinstance(learned, Learned)
-        return cls(role, commons.draw(), learned, commons.clock)
+        return cls(role, commons.draw(), learned, commons.clock, commons.workers)
 
     def choose(self, request: Features, candidates: Sequence[C]) -> C:
         """Give the engine with the least cost, of equals one with the fewest requests."""
-        return idlest(candidates, self.scores(request, candidates), self._draw)
+        chosen = idlest(candidates, self.scores(request, candidates), self._draw)
+        if self._prefill:
+            self.learned.prefills = candidates
+            self._see_load(candidates)
+        else:
+            self._save(candidates)
+        return chosen
+
+    def _see_load(self, candidates: Sequence[Candidate]) -> None:
+        """Learn how busy prefill engines are: who comes at random sees the average."""
+        busy = 0
+        for candidate in candidates:
+            if candidate.queued_tokens > 0:
+                busy += 1
+        learned = self.learned
+        learned.busy += _SMOOTH * (busy / len(candidates) - learned.busy)
+        learned.full += _SMOOTH * ((busy == len(candidates)) - learned.full)
+
+    def _save(self, candidates: Sequence[Candidate]) -> None:
+        """Allow for some more waiting, in proportion to the time that answers took since the last look."""
+        now, learned, requests = self._clock(), self.learned, 0
+        for candidate in candidates:
+            requests += candidate.in_flight
+        saved = learned.saved + self._share * (now - self._chose) * requests
+        learned.saved = min(saved, learned.costs.bypass_saved)
+        self._chose = now
 
     def scores(self, request: Features, candidates: Sequence[C]) -> list[float]:
         """Give the costs, negative, as seconds: until the first token (prefill), for each token (decode)."""
@@ -159,7 +201,7 @@ class PdCost:
         )  # fmt: skip
 
     def _prefill_scores(self, candidates: Sequence[C], uncached: list[int]) -> list[float]:
-        seconds, dearness = self.learned.prefill.slope, self.learned.costs.dearness
+        seconds, dearness = self.learned.prefill.slope, self.learned.dearness
         return [
             -(candidate.queued_tokens + dearness * own) * seconds
             for candidate, own in zip(candidates, uncached, strict=True)
@@ -171,7 +213,7 @@ class PdCost:
         if limit and limit < output:
             output = float(limit)
         needed = tokens + (limit or int(output))
-        lacking = (costs.dearness * learned.prefill.slope + learned.handoff.slope) / output
+        moving, computing, handed = learned.handoff.slope, learned.prefill.slope, self._handed(request)
         per_request, per_token, evenness = costs.itl_per_request, learned.itl.slope, costs.evenness
         for_each = per_request + per_token * (tokens + output / 2)
         itself = evenness * (learned.itl.base + for_each)
@@ -179,12 +221,23 @@ class PdCost:
         for candidate, own in zip(candidates, uncached, strict=True):
             requests, held = candidate.in_flight, candidate.held_tokens
             seconds = itself + evenness * (per_request * requests + per_token * held)
-            seconds += for_each * requests + lacking * own
+            alone = own * computing * (1 + costs.parting + costs.stall_weight * requests)
+            seconds += for_each * requests + (moving * own + (alone if alone < handed else handed)) / output
             over = self._over(candidate, held, needed)
             if over > 0:
                 seconds += costs.no_room * (1 + over)
             scores.append(-seconds)
         return scores
+
+    def _handed(self, request: Features) -> float:
+        """Give what it costs to let a prefill engine compute the prompt, as far as such engines are known."""
+        learned = self.learned
+        prefills, dearness = learned.prefills, learned.dearness
+        if not prefills:
+            return learned.handoff.base
+        uncached = learned.indexes["prefill"].uncached(request, prefills)
+        least = min(candidate.queued_tokens + dearness * own for candidate, own in zip(prefills, uncached, strict=True))
+        return least * learned.prefill.slope + learned.handoff.base
 
     def _over(self, candidate: Candidate, held: int, needed: int) -> float:
         """Give by how much of its KV cache an engine lacks room, as a share; 0 or less when it has room."""
@@ -200,21 +253,17 @@ class PdCost:
         return 0.0
 
     def bypass(self, request: Features, prefill: Candidate, decode: Candidate) -> bool:
-        """Say whether the decode engine serves alone what it can do quicker; the answer yes uses up its allowance."""
-        learned, costs = self.learned, self.learned.costs
+        """Say whether the decode engine serves alone what it can do quicker; a yes uses up what was saved for it."""
+        learned, seconds = self.learned, self.learned.prefill.slope
         here = learned.indexes["decode"].uncached(request, (decode,))[0]
-        now, most = self._clock(), float(costs.bypass_most)
-        left, since = self._allowed.get(decode.name, (most, now))
-        seconds = learned.prefill.slope
-        left = min(most, left + (now - since) * costs.bypass_share / seconds)
-        if here > left:
-            return False
+        waiting = decode.in_flight * here * seconds
         there = learned.indexes["prefill"].uncached(request, (prefill,))[0]
-        handed = (prefill.queued_tokens + costs.dearness * there) * seconds
+        handed = (prefill.queued_tokens + learned.dearness * there) * seconds
         handed += learned.handoff.base + learned.handoff.slope * here
-        alone = (decode.queued_tokens + here * (1 + costs.stall_weight * decode.in_flight)) * seconds
-        if alone < handed:
-            self._allowed[decode.name] = left - here, now
+        alone = (decode.queued_tokens + here * (1 + learned.costs.parting)) * seconds
+        alone += learned.costs.stall_weight * waiting
+        if alone < handed and waiting <= learned.saved:
+            learned.saved -= waiting
             return True
         return False
 
@@ -233,7 +282,6 @@ class PdCost:
     def gone(self, candidate: Candidate) -> None:
         """Forget what the engine held."""
         self.index.gone(candidate)
-        self._allowed.pop(candidate.name, None)
 
     def prefilled(self, uncached: int, seconds: float) -> None:
         """Learn what a prompt took that was alone on its engine."""

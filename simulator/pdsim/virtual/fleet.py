@@ -62,7 +62,8 @@ class Run:
         output: tokens generated.
         prompt: tokens of the prompt.
         cached: tokens of the prompt that were not computed.
-        moved: tokens whose KV moved.
+        moved: tokens whose KV moved, in whole blocks.
+        moved_bytes: all that moved.
         gaps: lengths of times between tokens, seconds.
         gap_counts: how many there were of each.
         seconds: from the first arrival to the last token.
@@ -77,6 +78,7 @@ class Run:
     prompt: Floats
     cached: Floats
     moved: Floats
+    moved_bytes: int
     gaps: Floats
     gap_counts: Floats
     seconds: float
@@ -113,6 +115,7 @@ class Fleet:
             return [Row(engine, kv_tokens, self.clock) for engine in made]
 
         self.router.of(engines(True, setup.prefill, 1, 8000), engines(False, setup.decode, 2, 8200))
+        self._bytes = profile.kv_bytes_per_token
         self._setup = setup
         self._workload = workload
         self._left = len(workload.requests)
@@ -176,7 +179,7 @@ class Fleet:
         lengths, counts = np.array(gaps, dtype=float).reshape(-1, 2).T
         begin = journeys[0].arrived if journeys else 0.0
         return Run(
-            ttft, latency, output, prompt, cached, moved, lengths, counts,
+            ttft, latency, output, prompt, cached, moved, int(moved.sum()) * self._bytes, lengths, counts,
             max((one.done for one in journeys), default=0.0) - begin, self.router.bypassed,
             sum(engine.preempted for engine in engines), self.clock.happened,
         )  # fmt: skip

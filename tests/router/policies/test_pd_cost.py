@@ -18,17 +18,24 @@ def test_prefill_prefers_a_cached_engine_until_its_queue_costs_more_than_computi
     prefill, _ = both()
     fleet, request = rows({}, {}), Ask(blocks(16))
     prefill.routed(request, fleet[0])
-    dear = int(Costs().dearness)
-    fleet[0].queued_tokens = dear * 1023 - 1
-    assert prefill.choose(request, fleet) is fleet[0], "1 token against 1024, each counting for others too"
-    fleet[0].queued_tokens = dear * 1024
+    fleet[0].queued_tokens = 1022
+    assert prefill.choose(request, fleet) is fleet[0], "1022 + 1 tokens against 1024"
+    fleet[0].queued_tokens = 1024
+    assert prefill.choose(request, fleet) is fleet[1]
+    fleet[1].queued_tokens = 1
+    for _ in range(500):
+        prefill.choose(Ask(b"x" * 400), fleet)
+    assert prefill.learned.dearness > 5, "all engines are always busy"
+    fleet[0].queued_tokens = 5 * 1023
+    assert prefill.choose(request, fleet) is fleet[0]
+    fleet[0].queued_tokens = 20 * 1024
     assert prefill.choose(request, fleet) is fleet[1]
 
 
 def test_prefill_predicts_the_wait_from_queue_and_rate():
     prefill, _ = both()
     fleet = rows({"queued_tokens": 40_915})
-    assert prefill.scores(Ask(b"x" * 4000), fleet) == pytest.approx([-(1.0 + Costs().dearness * 1000 / 40_915)])
+    assert prefill.scores(Ask(b"x" * 4000), fleet) == pytest.approx([-(1.0 + 1000 / 40_915)])
 
 
 def test_the_costs_predict_the_times_between_tokens_that_were_measured():
@@ -98,14 +105,14 @@ def test_prefill_is_bypassed_when_decode_holds_the_prompt():
     for asked in (0, 1):
         policies = both()
         policy, decode_policy = policies[asked], policies[1]
-        prefill, decode = rows({}, {"in_flight": 100})
+        prefill, decode = rows({}, {"in_flight": 20})
         request = Ask(blocks(32))
         assert not policy.bypass(request, prefill, decode)
         decode_policy.routed(request, decode)
         assert policy.bypass(request, prefill, decode)
         assert policy.bypass(Ask(request.prefix + b"?" * 40), prefill, decode)
         assert not policy.bypass(Ask(request.prefix + b"?" * 8000), prefill, decode), (
-            "2000 tokens would stall 100 answers"
+            "2000 tokens would stall 20 answers"
         )
 
 
@@ -123,19 +130,33 @@ def test_one_of_a_fleet_of_equals_with_fewest_requests_is_taken():
     assert prefill.choose(Ask(b"x" * 400), fleet) is fleet[1]
 
 
-def test_decode_engines_compute_prompts_for_a_share_of_their_time_only():
+def test_prompts_that_decode_computes_make_answers_longer_by_a_share_only():
     clock = Clock()
     policy = PdCost.of("decode", Commons(seed=0, clock=clock))
-    prefill, decode = rows({"queued_tokens": 10**7}, {})
-    costs = Costs()
-    request = Ask(b"x" * 4 * costs.bypass_most)
-    assert policy.bypass(request, prefill, decode)
-    assert not policy.bypass(request, prefill, decode)
-    clock.now += costs.bypass_most / (costs.prefill_rate * costs.bypass_share) * 0.99
-    assert not policy.bypass(request, prefill, decode)
-    clock.now += costs.bypass_most / (costs.prefill_rate * costs.bypass_share) * 0.02
-    assert policy.bypass(request, prefill, decode)
-    assert not policy.bypass(Ask(b"y" * 4 * (costs.bypass_most + 1)), prefill, rows({})[0]), "more than at once"
+    prefill, decode = rows({"queued_tokens": 10**8}, {"in_flight": 20})
+    costs, request = Costs(), Ask(b"x" * 4 * 10_000)
+    waiting = 20 * 10_000 / costs.prefill_rate
+    while policy.bypass(request, prefill, decode):
+        assert policy.learned.saved >= 0
+    assert policy.learned.saved < waiting
+    policy.learned.saved = 0.0
+    for seconds, enough in ((0.98, False), (0.04, True)):
+        clock.now += seconds * waiting / (costs.bypass_share * 20)
+        policy.choose(Ask(b"y"), (decode,))
+        assert policy.bypass(request, prefill, decode) is enough
+    idle = rows({})[0]
+    assert policy.bypass(request, prefill, idle), "nobody waits there"
+
+
+def test_decode_alone_is_for_what_prefill_would_not_soon_have_again():
+    policy, other = both()
+    prefill, decode = rows({}, {})
+    known, asked = Ask(blocks(64)), Ask(blocks(64) + b"?" * 8000)
+    for one, engine in ((policy, prefill), (other, decode)):
+        one.routed(known, engine)
+    assert not policy.bypass(asked, prefill, decode), "both lack the same 2000 tokens"
+    policy.gone(prefill)
+    assert policy.bypass(asked, prefill, decode)
 
 
 def test_costs_are_learned_from_what_work_took():
