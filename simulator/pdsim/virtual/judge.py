@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -67,8 +67,11 @@ class Case:
 
 
 def run(case: Case) -> dict[str, float]:
-    """Give the figures of a case."""
-    return figures(Fleet(case.setup, load(case.source), case.seed).run(), case.slo)
+    """Give the figures of a case. What is made up is made up anew for each seed."""
+    source = case.source
+    if source.name.startswith(SYNTHETIC):
+        source = replace(source, shape=replace(source.shape, seed=case.seed))
+    return figures(Fleet(case.setup, load(source), case.seed).run(), case.slo)
 
 
 def judge(
