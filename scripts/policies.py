@@ -145,7 +145,8 @@ def main() -> int:
     book, compute = Book(options.fresh), not options.write_only
     digest = sha256(Path(options.trace).read_bytes()).hexdigest()[:12]
     lines = [
-        f"pd-router {version('pd-router')}, pd-simulator {version('pd-simulator')}, seeds 0 to {SEEDS - 1}, 8 + 8 engines, "
+        f"pd-router {version('pd-router')}, pd-simulator {version('pd-simulator')}, "
+        f"seeds 0 to {SEEDS - 1}, 8 + 8 engines, "
         f"timing profile h200, prompts as token ids, trace with sha256 {digest}….",
         f"\n## Ratios to {BASELINE}\n",
         "Below 1 is better, for goodput above 1.",
