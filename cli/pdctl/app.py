@@ -8,6 +8,7 @@ from pdctl.commands.bench import bench
 from pdctl.commands.cleanup import cleanup
 from pdctl.commands.deploy import deploy
 from pdctl.commands.logs import logs
+from pdctl.commands.plan import plan
 from pdctl.commands.replay import replay
 from pdctl.commands.routing import routing
 from pdctl.commands.status import status
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (deploy, status, logs, routing, bench, replay, cleanup):
+for command in (deploy, status, logs, routing, bench, replay, plan, cleanup):
     app.command(epilog=EPILOG)(command)
 
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pdctl.console import err
 from pdctl.errors import ExitCode, PdctlError
-from pdsim.timing import load_profile
+from pdsim.timing import Profile, load_profile
 from pdsim.virtual.judge import SYNTHETIC, Case, Source, judge, load
 from pdsim.virtual.synthetic import SHAPES, Shape
 from pdsim.virtual.traces import TraceError
@@ -19,7 +19,7 @@ Part = Annotated[str, typer.Option(help="Share of the trace's time, as 0.5:1.")]
 Rate = Annotated[float, typer.Option(min=0.01, help="Requests a second of a synthetic shape.")]
 Requests = Annotated[int, typer.Option(min=1, help="Requests of a synthetic shape.")]
 KvTokens = Annotated[int, typer.Option(min=0, help="Tokens of each engine's KV cache; 0: as measured.")]
-Gpu = Annotated[str, typer.Option(help="Timing profile: a name or a file that `pdctl calibrate` wrote.")]
+Gpu = Annotated[str, typer.Option(help="Timing profile.")]
 LinkGbps = Annotated[
     float, typer.Option(min=0, help="Gbit/s of each engine's network port, shared by its transfers; 0: as measured.")
 ]
@@ -80,13 +80,18 @@ def told_source(
     return source
 
 
+def profile_of(gpu: str) -> Profile:
+    """Give a timing profile."""
+    try:
+        return load_profile(gpu)
+    except ValueError as error:
+        raise PdctlError(str(error), "name one of these", ExitCode.USAGE) from error
+
+
 def simulated(cases: list[Case], jobs: int) -> list[dict[str, float]]:
     """Run cases with a progress bar."""
-    try:
-        load_profile(cases[0].setup.gpu)
-    except ValueError as error:
-        raise PdctlError(str(error), "name one of these, or calibrate another", ExitCode.USAGE) from error
+    profile_of(cases[0].setup.gpu)
     columns = (TextColumn("simulating"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal, refresh_per_second=4) as progress:
+    with Progress(*columns, console=err, disable=not err.is_terminal, refresh_per_second=4, transient=True) as progress:
         task = progress.add_task("simulating", total=len(cases))
         return judge(cases, jobs or os.cpu_count() or 1, lambda done: progress.update(task, completed=done))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+PROFILES = ("h200", "h100")  # the second is derived from the first, as its file tells
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -138,7 +140,7 @@ class Profile:
 def _known() -> dict[str, Profile]:
     folder = files("pdsim.timing")
     found = {}
-    for name in ("h200",):
+    for name in PROFILES:
         told = json.loads((folder / f"{name}.json").read_text())
         found[name] = Profile(name=name, **told["model"])
     return found

@@ -73,6 +73,8 @@ def figures(run: Run, slo: Slo) -> dict[str, float]:
         "itl_p50": _weighted(run.gaps, run.gap_counts, 0.5),
         "itl_p99": _weighted(run.gaps, run.gap_counts, 0.99),
         "good_share": float(good.mean()),
+        "good_ttft": float((ttft <= slo.ttft).mean()),
+        "good_itl": float((tpot <= slo.itl).mean()),
         "goodput": float(good.sum()) / seconds,
         "request_rate": requests / seconds,
         "output_rate": float(run.output.sum()) / seconds,
