@@ -19,13 +19,14 @@ PDCTL = [sys.executable, "-m", "pdctl"]
 JUDGED = "c32"
 
 
-def run(concurrency: int, folder: Path) -> dict[str, Any]:
+def run(concurrency: int, folder: Path, prompts: int = 200) -> dict[str, Any]:
     """Bench a fresh pair."""
     subprocess.run([*PDCTL, "deploy", "--local", "--name", NAME, "--prefill", "1", "--decode", "1", "-y"], check=True,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     try:
         path = folder / f"{concurrency}.json"
-        command = ["bench", "200", str(concurrency), "--input-len", "1000", "--output-len", "200", "--name", NAME]
+        sizes = ["--input-len", "1000", "--output-len", "200"]
+        command = ["bench", str(prompts), str(concurrency), *sizes, "--name", NAME]
         subprocess.run([*PDCTL, *command, "--output", str(path)], check=True, stdout=subprocess.DEVNULL)
         told: dict[str, Any] = json.loads(path.read_text())
         return told

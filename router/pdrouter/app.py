@@ -118,6 +118,7 @@ class Router:
         yield described.WAITING, ("room",), desk.waiting.count(None)
         yield described.RETRIES, ("spent",), desk.retries.spent
         yield described.RETRIES, ("refused",), desk.retries.refused
+        yield described.HEDGED, (), desk.hedged
         for engine in self.fleet.engines[Role.PREFILL]:
             held, handed = desk.ledger.tickets(engine)
             yield described.TICKETS, (engine.url, "held"), held
@@ -208,7 +209,7 @@ def _rules(settings: Settings) -> Rules:
         lease=settings.kv_lease_seconds, request_timeout=settings.request_timeout_secs,
         queue_size=settings.queue_size, queue_timeout=settings.queue_timeout_secs,
         continues=settings.continue_streams, decode_only=settings.decode_only,
-        api_key=settings.api_key,
+        hedge=settings.hedge_prefill_secs, api_key=settings.api_key,
     )  # fmt: skip
 
 

@@ -70,6 +70,7 @@ class Settings:
     stall_timeout_secs: float = 8.0
     continue_streams: bool = True
     decode_only: bool = True
+    hedge_prefill_secs: float = 0.0
     canary_interval_secs: float = 0.0
     max_concurrent_requests: int = 4096
     queue_size: int = 1024

@@ -137,6 +137,7 @@ class Fleet:
     _sent: int = 0
     _running: set[int] = field(default_factory=set)
     _excused: set[int] = field(default_factory=set)
+    _dying: bool = False
 
     @property
     def engines(self) -> list[Process]:
@@ -165,9 +166,15 @@ class Fleet:
         one.log.close()
         one.start()
 
-    def worker_died(self) -> None:
-        """Excuse the requests that are under way: one of the router's processes is killed."""
+    @contextmanager
+    def worker_dies(self) -> Iterator[None]:
+        """Excuse the requests that are under way or sent meanwhile: one of the router's processes is killed."""
         self._excused |= self._running
+        self._dying = True
+        try:
+            yield
+        finally:
+            self._dying = False
 
     async def under_load(
         self, faults: Any, clients: int = 16, seed: int = 1, tokens: tuple[int, ...] = (4, 40, 120), keep: bool = True
@@ -184,6 +191,8 @@ class Fleet:
                 while not over.is_set():
                     number = self._sent = self._sent + 1
                     self._running.add(number)
+                    if self._dying:
+                        self._excused.add(number)
                     outcome = await ask(client, self.router.url, next(made))
                     self._running.discard(number)
                     # Streams of a killed worker process break: nobody else has their sockets.

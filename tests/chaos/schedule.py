@@ -139,6 +139,8 @@ class Schedule:
         workers = psutil.Process(self.fleet.router.process.pid).children()
         if not workers:
             return
-        self.fleet.worker_died()
-        self.draw.choice(workers).kill()
+        one_of_them = self.draw.choice(workers)
+        with self.fleet.worker_dies():
+            one_of_them.kill()
+            await asyncio.to_thread(psutil.wait_procs, [one_of_them], 5)
         await self._well()

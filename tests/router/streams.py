@@ -239,6 +239,17 @@ def _routers_own(reached: Reached) -> bool:
     return ticket in (dict(WANT_TICKET), TICKET) and "ec_transfer_params" not in told and not named
 
 
+def depth(value: Any) -> int:
+    """Count how many objects and lists stand within one another."""
+    deepest, left = 0, [(value, 1)]
+    while left:
+        one, level = left.pop()
+        if isinstance(one, dict | list):
+            deepest = max(deepest, level)
+            left += [(inner, level + 1) for inner in (one.values() if isinstance(one, dict) else one)]
+    return deepest
+
+
 class Trap(logging.Handler):
     """Keeps what says that something failed inside the router."""
 

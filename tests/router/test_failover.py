@@ -1157,6 +1157,74 @@ def test_a_decode_engine_that_never_begins_a_stream_is_given_up() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("slow_one", ["answers at last", "fails at last"])
+def test_prefill_that_takes_long_is_asked_of_a_second_engine_and_the_first_answer_counts(slow_one: str) -> None:
+    async def main() -> None:
+        async with fleet(2, 1, hedge_prefill_secs=0.2) as bed:
+            go_on = asyncio.Event()
+
+            async def dawdle(seen: Seen, out: Out) -> None:
+                await go_on.wait()
+                await (issue() if slow_one == "answers at last" else fail)(seen, out)
+
+            bed.prefills[0].behave = bed.prefills[1].behave = once(dawdle, issue())
+            told = await bed.complete(stream=True)
+            assert told.complete
+            assert [len(one.seen) for one in bed.prefills] == [1, 1]
+            assert len(bed.decode.seen) == 1
+            go_on.set()
+            answered = {"released": 1} if slow_one == "answers at last" else {}
+            await until(lambda: ended(bed) == {"collected": 1} | answered, "the other ticket is given back")
+            await until(lambda: not any(one.own_in_flight for one in bed.router.fleet), "the other leg has ended")
+            await quiet(bed)
+            assert counted(await bed.metrics(), "pd_router_hedged_prefills_total") == 1
+
+    run(main)
+
+
+def test_a_hedged_prefill_that_fails_leaves_the_other_to_it() -> None:
+    async def main() -> None:
+        async with fleet(2, 1, hedge_prefill_secs=0.2) as bed:
+            asked = asyncio.Event()
+
+            async def dawdle(seen: Seen, out: Out) -> None:
+                await asked.wait()
+                await issue()(seen, out)
+
+            async def break_down(seen: Seen, out: Out) -> None:
+                await fail(seen, out)
+                asked.set()
+
+            first = [dawdle, break_down]
+
+            async def in_turn(seen: Seen, out: Out) -> None:
+                await first.pop(0)(seen, out)
+
+            bed.prefills[0].behave = bed.prefills[1].behave = in_turn
+            assert (await bed.complete()).status == 200
+            assert [len(one.seen) for one in bed.prefills] == [1, 1]
+            await quiet(bed)
+            assert ended(bed) == {"collected": 1}
+
+    run(main)
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_prefill_that_is_quick_enough_is_asked_of_one_engine(after: float) -> None:
+    async def main() -> None:
+        async with fleet(2, 1, hedge_prefill_secs=after) as bed:
+
+            async def take_a_while(seen: Seen, out: Out) -> None:
+                await asyncio.sleep(0.3)
+                await issue()(seen, out)
+
+            bed.prefills[0].behave = bed.prefills[1].behave = take_a_while
+            assert (await bed.complete()).status == 200
+            assert len(seen_by(bed.prefills)) == 1
+
+    run(main)
+
+
 def test_an_engine_that_works_on_a_whole_answer_is_not_taken_for_a_hanging_one() -> None:
     async def main() -> None:
         async with fleet(1, 2, stall_timeout_secs=0.2, health_interval_secs=0.1) as bed:

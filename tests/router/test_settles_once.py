@@ -170,7 +170,7 @@ def chunk(number: int, finish: str | None = None) -> bytes:
 class World:
     """A router's inside with one request in it."""
 
-    def __init__(self, stream: bool) -> None:
+    def __init__(self, stream: bool, hedge: float = 0) -> None:
         self.loop = Loop()
         loop: Any = self.loop
         self.fleet = Fleet(loop)
@@ -178,7 +178,7 @@ class World:
         policies: Any = {role: POLICIES["round_robin"](role.value) for role in Role}
         rules = Rules(
             lease=LEASE, request_timeout=600, queue_size=4, queue_timeout=20, continues=True, decode_only=True,
-            api_key=None,
+            hedge=hedge, api_key=None,
         )  # fmt: skip
         pool: Any = self.pool
         observer: Any = Observer()
@@ -343,11 +343,14 @@ EVENTS = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("hedge", [0, 1.5], ids=["", "hedged"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(events=st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 30)), max_size=30))
-def test_every_handoff_ends_once_and_every_ticket_is_settled_once(stream: bool, events: list[tuple[str, int]]) -> None:
-    world = World(stream)
+def test_every_handoff_ends_once_and_every_ticket_is_settled_once(
+    stream: bool, hedge: float, events: list[tuple[str, int]]
+) -> None:
+    world = World(stream, hedge)
     world.loop.pass_time(0)
     for what, which in events:
         world.do(what, which)
@@ -369,15 +372,18 @@ def test_every_handoff_ends_once_and_every_ticket_is_settled_once(stream: bool, 
         assert told == (0, 0, 0, 0, 0), engine.url
 
 
+@pytest.mark.parametrize("hedge", [0, 1.5], ids=["", "hedged"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     events=st.lists(
         st.tuples(st.sampled_from([one for one in EVENTS if one != "client gone"]), st.integers(0, 30)), max_size=30
     )
 )
-def test_a_request_ends_by_itself_when_engines_are_well_again(stream: bool, events: list[tuple[str, int]]) -> None:
-    world = World(stream)
+def test_a_request_ends_by_itself_when_engines_are_well_again(
+    stream: bool, hedge: float, events: list[tuple[str, int]]
+) -> None:
+    world = World(stream, hedge)
     world.loop.pass_time(0)
     for what, which in events:
         world.do(what, which)

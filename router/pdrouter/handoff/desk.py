@@ -46,6 +46,7 @@ class Rules:
         queue_timeout: how long each may.
         continues: whether streams go on elsewhere when their engine fails.
         decode_only: whether decode computes prompts when there is no prefill engine.
+        hedge: after which time without prefill's answer another engine is asked too; 0 never.
         api_key: what engines want to see.
     """
 
@@ -55,6 +56,7 @@ class Rules:
     queue_timeout: float
     continues: bool
     decode_only: bool
+    hedge: float
     api_key: str | None
 
 
@@ -63,8 +65,8 @@ class Desk:
 
     __slots__ = (
         "_bypassing", "_learning", "_reasons", "_scoring", "_typical", "admission", "chooses_late", "continues",
-        "deadlines", "decisions", "decode_only", "edges", "fleet", "lease", "ledger", "loop", "observer", "policies",
-        "pool", "queue_timeout", "release", "retries", "times", "traces", "waiting",
+        "deadlines", "decisions", "decode_only", "edges", "fleet", "hedged", "hedging", "lease", "ledger", "loop",
+        "observer", "policies", "pool", "queue_timeout", "release", "retries", "times", "traces", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -84,6 +86,8 @@ class Desk:
         self.continues = rules.continues
         self.decode_only = rules.decode_only
         self.deadlines = Deadlines(loop, rules.request_timeout)
+        self.hedging = Deadlines(loop, rules.hedge) if rules.hedge else None
+        self.hedged = 0
         self.edges = Edges(loop)
         self.ledger = Ledger(loop, rules.lease, pool.rows)
         self.retries = RetryBudget(loop)

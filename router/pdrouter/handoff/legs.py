@@ -1,6 +1,7 @@
 """What engines answer to the two legs of a handoff, collected or passed on."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import orjson
 
@@ -59,7 +60,7 @@ class Handoff:
 class EngineEventError(UpstreamError):
     """The engine ended its stream with an error event; `event` is the event's JSON."""
 
-    reason = "error_event"
+    reason: ClassVar[str] = "error_event"
 
     def __init__(self, message: str, event: bytes) -> None:
         super().__init__(message)
@@ -78,7 +79,7 @@ class EngineEventError(UpstreamError):
 class OtherStreamError(UpstreamError):
     """The engine was to go on with another's stream, and generated something else than that one had."""
 
-    reason = "not_continued"
+    reason: ClassVar[str] = "not_continued"
 
 
 class Greeting:
@@ -116,13 +117,13 @@ class Greeting:
 
 
 class PrefillLeg:
-    """Collects the prefill engine's answer."""
+    """Collects the prefill engine's answer; `handoff` hears of it, and may be another one at the end than at first."""
 
-    __slots__ = ("_chunks", "_handoff", "_headers", "_size", "_status", "engine")
+    __slots__ = ("_chunks", "_headers", "_size", "_status", "engine", "handoff")
 
     def __init__(self, handoff: Handoff, engine: Engine) -> None:
         self.engine = engine
-        self._handoff = handoff
+        self.handoff = handoff
         self._status = 0
         self._headers: Headers = []
         self._chunks: list[bytes] = []
@@ -136,7 +137,7 @@ class PrefillLeg:
         """Take a piece of the body."""
         self._size += len(data)
         if self._size > LARGEST:
-            self._handoff.prefill_too_large(self.engine)
+            self.handoff.prefill_too_large(self.engine)
             return
         self._chunks.append(data)
 
@@ -144,11 +145,11 @@ class PrefillLeg:
         """The answer is complete."""
         chunks = self._chunks
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        self._handoff.prefilled(self.engine, self._status, self._headers, body)
+        self.handoff.prefilled(self.engine, self._status, self._headers, body)
 
     def failed(self, error: UpstreamError) -> None:
         """No answer."""
-        self._handoff.prefill_failed(self.engine, error)
+        self.handoff.prefill_failed(self.engine, error)
 
 
 # What is done with a piece of decode's answer.

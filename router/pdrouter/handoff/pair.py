@@ -1,8 +1,9 @@
 """One prompt, two engines: prefill, ticket, decode; and whatever it takes when one of them fails.
 
 A pair is WAITING for engines or room, in PREFILL until there is a ticket, GREETING a decode engine that has long said
-nothing, in DECODE until decode's answer ended, then SETTLED, exactly once. A client that leaves during PREFILL makes it
-ABANDONED until there is a ticket to give back. What a failure leads to:
+nothing, in DECODE until decode's answer ended, then SETTLED, exactly once. A prefill leg that nobody wants any more,
+since its client left or another engine was quicker, goes on without it (`pdrouter.handoff.unwanted`). What a failure
+leads to:
 
 - An engine that refused the connection has not seen the request: another gets it, on the decode side with the same
   ticket.
@@ -11,6 +12,7 @@ ABANDONED until there is a ticket to give back. What a failure leads to:
   used twice can mean foreign blocks, so it is given back, prefill computes again (its prefix is cached), and another
   decode engine gets the new ticket.
 - Decode that failed in the middle of a stream: another pair goes on by token ids (`pdrouter.handoff.stream`).
+- Prefill that takes long may be hedged (`hedge_prefill_secs`): a second engine is asked, and the first answer counts.
 - No engine of a role, or no decode engine with room: the pair waits (`pdrouter.handoff.waiting`). Without any prefill
   engine decode computes prompts itself.
 
@@ -19,11 +21,11 @@ Only an engine's answer below 500 and the client's own limits end a request othe
 
 import enum
 from collections.abc import Mapping
-from contextlib import suppress
 from math import inf
 from time import perf_counter
 from typing import Any, Protocol
 
+from pdrouter.deadlines import Deadlines
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.handoff.desk import Desk
 from pdrouter.handoff.failure import Failure, engine_failure, leg_failure
@@ -39,6 +41,7 @@ from pdrouter.handoff.legs import (
 from pdrouter.handoff.retries import EACH
 from pdrouter.handoff.stream import CannotGoOnError, Stream
 from pdrouter.handoff.ticket import Cause, Ticket, TicketError, read_ticket
+from pdrouter.handoff.unwanted import Asking, Unwanted
 from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
 from pdrouter.openai.asked import CHAT, COMPLETIONS
@@ -49,9 +52,6 @@ from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import ConnectError, StalledError, TooLateError, UpstreamError
 from pdrouter.upstream.pool import Call
 
-_ABANDONED = 2.0  # seconds that a prefill gets to end after its client has left
-_SOON = 32_768  # prompt tokens that take about a second
-
 
 class State(enum.Enum):
     """Where a pair is."""
@@ -60,7 +60,6 @@ class State(enum.Enum):
     PREFILL = "prefill"
     GREETING = "greeting"
     DECODE = "decode"
-    ABANDONED = "abandoned"
     SETTLED = "settled"
 
 
@@ -108,9 +107,9 @@ class Pair(Handoff):
 
     __slots__ = (
         "_alone", "_asked", "_bare", "_began", "_body", "_call", "_coming", "_coming_at", "_continued",
-        "_decode", "_desk", "_first_at", "_fruitless", "_headed", "_lacking", "_met", "_only", "_path", "_paused",
-        "_place", "_prefill", "_record", "_refused", "_same", "_sink", "_stream", "_streams", "_ticket", "_way",
-        "deadline", "passed", "state",
+        "_decode", "_desk", "_first_at", "_fruitless", "_headed", "_hedge", "_lacking", "_leg", "_met", "_only",
+        "_path", "_paused", "_place", "_prefill", "_record", "_refused", "_same", "_sink", "_stream", "_streams",
+        "_ticket", "_way", "deadline", "passed", "state",
     )  # fmt: skip
 
     def __init__(
@@ -146,6 +145,8 @@ class Pair(Handoff):
         self._decode: Engine | None = None
         self._same: Engine | None = None
         self._call: Call | None = None
+        self._leg: PrefillLeg | None = None
+        self._hedge: Asking | None = None
         self._ticket: Ticket | None = None
         self._streams = body.get("stream") is True
         self._stream: Stream | None = None
@@ -227,11 +228,63 @@ class Pair(Handoff):
         if self._record.prefill_sent_at is None:
             self._record.prefill_sent_at = self._began
         self._reserve(decode)
-        request = self._way.request(prefill, prefill_leg(self._body))
+        leg = self._leg = PrefillLeg(self, prefill)
+        self._call = self._prefill_call(leg, self._way)
+        if desk.hedging is not None:
+            desk.hedging.start(self)
+
+    def _prefill_call(self, leg: PrefillLeg, way: Way) -> Call:
+        desk, engine = self._desk, leg.engine
+        request = way.request(engine, prefill_leg(self._body))
         tokens = self._asked.tokens
-        queued = self._lacking = desk.routed(Role.PREFILL, self._asked, prefill)
-        self._only = not prefill.in_flight
-        self._call = desk.pool.call(prefill, request, PrefillLeg(self, prefill), held=tokens, queued=queued, whole=True)
+        queued = self._lacking = desk.routed(Role.PREFILL, self._asked, engine)
+        self._only = not engine.in_flight
+        return desk.pool.call(engine, request, leg, held=tokens, queued=queued, whole=True)
+
+    def expired(self, deadlines: Deadlines) -> None:
+        """Prefill takes long: ask another engine too (`Desk.hedging`)."""
+        prefill, decode, desk, asked = self._prefill, self._decode, self._desk, self._asked
+        if self.state is not State.PREFILL or self._hedge is not None or prefill is None or decode is None:
+            return
+        other = desk.choose(Role.PREFILL, asked, [*self._refused, prefill])
+        if other is None or not desk.has_room(other, asked) or (desk.picky and not desk.fits(other, decode)):
+            return
+        if not desk.retries.spend(desk.admission.running):
+            return
+        desk.hedged += 1
+        self._record.retries += 1
+        leg, way = PrefillLeg(self, other), self._way.twin()
+        self._hedge = Asking(leg, self._prefill_call(leg, way), way)
+        self._only = False
+
+    def _turn_to(self, engine: Engine) -> None:
+        """Of two prefill legs make an engine's the one that counts."""
+        hedge = self._hedge
+        if hedge is not None and hedge.leg.engine is engine:
+            assert self._leg is not None
+            assert self._call is not None
+            assert self._decode is not None
+            self._hedge = Asking(self._leg, self._call, self._way)
+            self._leg, self._call, self._way = hedge.leg, hedge.call, hedge.way
+            self._note(engine, self._decode)
+
+    def _prefill_lost(self, engine: Engine, failure: Failure) -> None:
+        """Prefill failed: wait for the other engine that is asked, or begin again."""
+        hedge = self._hedge
+        if hedge is None:
+            self._again(engine, failure)
+            return
+        self._refused.append(engine)
+        self._hedge = None
+        self._leg, self._call, self._way = hedge.leg, hedge.call, hedge.way
+        assert self._decode is not None
+        self._note(hedge.leg.engine, self._decode)
+
+    def _forget(self, asking: Asking) -> None:
+        """Let a prefill leg end without its pair."""
+        decode = self._decode
+        assert decode is not None
+        Unwanted(self._desk, asking, decode, self._body.get("model"), self._asked.tokens).begin()
 
     def _reserve(self, decode: Engine | None) -> None:
         """Keep room on a decode engine for when prefill is done."""
@@ -260,14 +313,13 @@ class Pair(Handoff):
     def prefilled(self, engine: Engine, status: int, headers: Headers, body: bytes) -> None:
         """Prefill has answered."""
         now = perf_counter()
+        if self._hedge is not None:
+            self._turn_to(engine)
         self._call = None
         self._way.ended(status)
         desk = self._desk
         if status != 200:
             desk.fleet.ended(engine, status)
-        if self.state is State.ABANDONED:
-            self._abandoned(engine, status, body)
-            return
         record = self._record
         if record.prefill_seconds is None:
             record.prefill_seconds = now - self._began
@@ -276,7 +328,7 @@ class Pair(Handoff):
             if status < 500:
                 self._settle_failed(failure)
             else:
-                self._again(engine, failure)
+                self._prefill_lost(engine, failure)
             return
         assert self._decode is not None
         try:
@@ -284,8 +336,13 @@ class Pair(Handoff):
         except TicketError as error:
             desk.fleet.failed(engine, "ticket")
             message = f"The prefill engine {engine.url} gave no usable ticket: {error}."
-            self._again(engine, leg_failure(502, Role.PREFILL, "ticket", message))
+            self._prefill_lost(engine, leg_failure(502, Role.PREFILL, "ticket", message))
             return
+        if self._hedge is not None:
+            hedge, self._hedge = self._hedge, None
+            self._forget(hedge)
+        if desk.hedging is not None:
+            desk.hedging.stop(self)
         record.ticket_at = now
         desk.fleet.succeeded(engine)
         times = desk.times.get(Role.PREFILL)
@@ -300,35 +357,22 @@ class Pair(Handoff):
         else:
             self._hand_over(decode, ticket)
 
-    def _abandoned(self, engine: Engine, status: int, body: bytes) -> None:
-        """Prefill has answered, and nobody wants it any more."""
-        self.state = State.SETTLED
-        desk = self._desk
-        if status == 200 and self._decode is not None:
-            with suppress(TicketError):
-                model = self._body.get("model")
-                ticket = read_ticket(body, engine, self._decode, model, desk.loop.time(), desk.lease)
-                desk.fleet.succeeded(engine)
-                desk.issued(ticket, self._asked.tokens)
-                self._ticket = ticket
-                self._give_back(Cause.RELEASED)
-
     def prefill_failed(self, engine: Engine, error: UpstreamError) -> None:
         """Prefill has not answered."""
+        if self._hedge is not None:
+            self._turn_to(engine)
         self._call = None
         self._way.failed(error.reason)
-        if self.state is State.ABANDONED:
-            self.state = State.SETTLED
-            self._desk.broken(engine, error)
-            return
         message = f"The prefill leg failed: {error}."
         self._desk.broken(engine, error)
         failure = leg_failure(502, Role.PREFILL, error.reason, message)
-        if isinstance(error, ConnectError):
+        if self._hedge is not None:
+            self._prefill_lost(engine, failure)
+        elif isinstance(error, ConnectError):
             self._refused.append(engine)
             self._start_over()
         else:
-            self._again(engine, failure)
+            self._prefill_lost(engine, failure)
 
     def _start_over(self) -> None:
         """Begin again at no cost: the engine has not seen the request."""
@@ -623,36 +667,29 @@ class Pair(Handoff):
         call, self._call = self._call, None
         if call is not None:
             call.abort()
+        hedge, self._hedge = self._hedge, None
+        if hedge is not None:
+            hedge.break_off()
 
     def abort(self) -> None:
-        """Break off whichever leg is under way; the sink hears nothing more."""
+        """Break off whatever is under way; the sink hears nothing more."""
         desk = self._desk
         desk.waiting.leave(self)
-        if self.state is State.PREFILL and self._call is not None and self._nearly_prefilled():
-            self.state = State.ABANDONED
-            self._reserve(None)
-            desk.loop.call_later(_ABANDONED, self.break_off)
-            return
-        self.state = State.SETTLED
-        self._break_off()
-        self._give_back(Cause.RELEASED)
-        self._reserve(None)
-        self._way.failed("aborted")
-
-    def _nearly_prefilled(self) -> bool:
-        """Whether prefill is likely to be done by now or soon.
-
-        Prefill that is broken off in the moment in which it ends leaves blocks pinned under a ticket that nobody knows.
-        """
-        prefill = self._prefill
-        return prefill is not None and prefill.queued_tokens + self._asked.tokens < _SOON
-
-    def break_off(self) -> None:
-        """End an abandoned leg that takes too long after all."""
-        if self.state is State.ABANDONED:
-            self.state = State.SETTLED
+        if desk.hedging is not None:
+            desk.hedging.stop(self)
+        state, self.state = self.state, State.SETTLED
+        leg, call = self._leg, self._call
+        if state is State.PREFILL and leg is not None and call is not None:
+            self._call = None
+            self._forget(Asking(leg, call, self._way))
+            hedge, self._hedge = self._hedge, None
+            if hedge is not None:
+                self._forget(hedge)
+        else:
             self._break_off()
             self._way.failed("aborted")
+        self._give_back(Cause.RELEASED)
+        self._reserve(None)
 
     def pause(self) -> None:
         """Hold up decode's answer; prefill's is needed in any case."""

@@ -17,6 +17,12 @@ class Way:
         self._leg: LegSpan | None = None
         self._suffix = b"\r\nx-request-id: %b\r\n%bcontent-length: " % (request_id.encode(), forwarded)
 
+    def twin(self) -> "Way":
+        """Give the same for a leg beside the one that is under way."""
+        twin = Way(b"", b"", b"", "", self._span)
+        twin._prefix, twin._suffix = self._prefix, self._suffix
+        return twin
+
     def at(self, target: bytes) -> None:
         """Go to another path from now on."""
         self._prefix = b"POST %b HTTP/1.1\r\nhost: " % target

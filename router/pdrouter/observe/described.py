@@ -103,6 +103,9 @@ RETRIES = Described(
     "pd_router_retries", "counter", ("outcome",),
     "Further tries of requests: spent, or refused because too many requests were being tried again.",
 )  # fmt: skip
+HEDGED = Described(
+    "pd_router_hedged_prefills", "counter", (), "Prefills that took so long that another engine was asked too."
+)
 CONTINUED = Described("pd_router_continued_streams", "counter", (), "Streams that went on with other engines.")
 CANARIES = Described(
     "pd_router_canaries", "counter", ("outcome",), "Canaries by outcome: alike, differs, failed (no answer).",
@@ -132,5 +135,6 @@ WORKERS = Described("pd_router_workers", "gauge", (), "Worker processes that tol
 ALL = (
     REQUESTS, ERRORS, DECISIONS, PAIRS, LEGS, PREDICTED, TOKENS, DURATION, ROUTING, TTFT, HANDOFF, PREFILL, IN_FLIGHT,
     QUEUED_TOKENS, HELD_TOKENS, PINNED, TICKETS, TICKETS_ENDED, EDGE_HANDOFFS, EDGE_SECONDS, EDGE_CLOSED, HEALTHY,
-    BREAKER, METRICS_AGE, RUNNING, QUEUED, WAITING, RETRIES, CONTINUED, CANARIES, CANARY_DIFFERS, SOURCE_AGE, WORKERS,
+    BREAKER, METRICS_AGE, RUNNING, QUEUED, WAITING, RETRIES, HEDGED, CONTINUED, CANARIES, CANARY_DIFFERS, SOURCE_AGE,
+    WORKERS,
 )  # fmt: skip

@@ -85,8 +85,7 @@ def parsed(raw: bytes) -> dict[str, Any]:
     """
     if len(raw) > MOST_VALUES and len(raw.translate(None, _NO_MARKS)) > MOST_VALUES:
         raise RequestError(400, f"The body may have {MOST_VALUES:,} values.")
-    many = _many_brackets(raw)
-    if many and _many_containers(raw):
+    if len(raw) > MOST_CONTAINERS and _many_containers(raw):
         raise RequestError(400, f"The body may have {MOST_CONTAINERS:,} objects and lists.")
     try:
         body = orjson.loads(raw)
@@ -94,14 +93,17 @@ def parsed(raw: bytes) -> dict[str, Any]:
         raise RequestError(400, f"The body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise RequestError(400, "The body must be a JSON object.")
-    if many and _deep(body):
-        raise RequestError(400, f"The body may have {DEEPEST} objects and lists within one another.")
     told: dict[str, Any] = body
+    exact = nested = False
     for value in told.values():
+        if isinstance(value, dict | list):
+            nested = True
         # orjson makes floats of integers above 64 bits. Python's own parser does not, and is ten times as slow.
-        if isinstance(value, float) and (value >= _BEYOND or value <= -_BEYOND):
-            return _exactly(raw)
-    return told
+        elif isinstance(value, float) and (value >= _BEYOND or value <= -_BEYOND):
+            exact = True
+    if nested and _many_brackets(raw) and _deep(body):
+        raise RequestError(400, f"The body may have {DEEPEST} objects and lists within one another.")
+    return _exactly(raw) if exact else told
 
 
 def passed(kind: bytes, raw: bytes) -> bytes:
