@@ -3,8 +3,9 @@
 import csv
 from collections.abc import Iterator
 from datetime import datetime
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import orjson
@@ -14,7 +15,7 @@ from pdsim.virtual.workload import Asked, Workload
 ENGINE_BLOCK = 128
 MOONCAKE_BLOCK = 512
 BAILIAN_BLOCK = 16
-MOONCAKE_RESOLUTION = 3.0  # seconds: the published traces' times are multiples of 3 s
+TOGETHER = 3  # requests of one moment, on average, from which times must have been rounded
 
 
 class TraceError(Exception):
@@ -57,13 +58,12 @@ def _lines(path: Path, limit: int | None) -> Iterator[tuple[int, dict[str, Any]]
 
 def _jsonl(path: Path, limit: int | None, sessions: bool) -> Workload:
     found: list[Asked] = []
-    block, rounded = MOONCAKE_BLOCK, True
+    block = MOONCAKE_BLOCK
     for number, told in _lines(path, limit):
         try:
             bailian = "parent_chat_id" in told or "chat_id" in told
             block = int(told.get("block_size", BAILIAN_BLOCK if bailian else MOONCAKE_BLOCK))
             scale = 1.0 if bailian else 1000.0
-            rounded = rounded and not bailian and told["timestamp"] % 3000 in (0, 2999, 2998, 2997, 1, 2)
             session = None
             if sessions:
                 ids = told["hash_ids"]
@@ -73,7 +73,15 @@ def _jsonl(path: Path, limit: int | None, sessions: bool) -> Workload:
             raise TraceError(f"{path}, line {number}: not of a known trace ({error!r})") from error
     found.sort(key=lambda one: one.arrival)
     coarse = max(block, ENGINE_BLOCK)
-    return Workload(path.name, found, coarse, MOONCAKE_RESOLUTION if rounded and len(found) > 1 else 0.0)
+    return Workload(path.name, found, coarse, _resolution(found))
+
+
+def _resolution(found: list[Asked]) -> float:
+    """Give to how many seconds times were rounded: Mooncake's are about 3 s apart, with ten requests each."""
+    times = sorted({one.arrival for one in found})
+    if len(times) < 2 or len(found) < TOGETHER * len(times):
+        return 0.0
+    return median(after - before for before, after in pairwise(times))
 
 
 def _asked(told: dict[str, Any], arrival: float, block: int, session: str | None, number: int) -> Asked:
