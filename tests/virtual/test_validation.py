@@ -1,14 +1,16 @@
-"""The virtual fleet against the fleet in real time and against what was measured on two H200.
+"""The virtual fleet against the fleet in real time, also by what its router recorded, and against two H200.
 
 `make validate` runs the same tests with more requests: VALIDATE_REQUESTS, VALIDATE_SPEED (of the engines' time) and
 VALIDATE_POLICIES say how.
 """
 
 import asyncio
+import json
 import os
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -18,6 +20,7 @@ from pdsim.timing.replay import measured
 from pdsim.virtual.figures import Slo, figures
 from pdsim.virtual.fleet import Fleet, Setup
 from pdsim.virtual.synthetic import Shape, prefixes, uniform
+from pdsim.virtual.traces import read_trace
 from pdsim.virtual.workload import Asked, Workload
 from support.processes import engine, router, start_all
 
@@ -66,13 +69,13 @@ async def serve(url: str, workload: Workload, speed: float) -> list[Sent]:
         )
 
 
-def in_real_time(workload: Workload, policy: str) -> tuple[list[Sent], float]:
+def in_real_time(workload: Workload, policy: str, recording: Path) -> tuple[list[Sent], float]:
     """Give what clients of two prefill and two decode engines met, in modelled seconds, and the steps' stretch."""
     flags = ("--speed", str(SPEED), "--kv-lease-duration", "600")
     prefills, decodes = ([engine(role, *flags) for _ in range(2)] for role in ("prefill", "decode"))
     start_all([*prefills, *decodes])
     try:
-        with router(prefills, decodes, "--policy", policy, "--seed", "0") as front:
+        with router(prefills, decodes, "--policy", policy, "--seed", "0", "--record-dir", str(recording)) as front:
             sent = asyncio.run(serve(front.url, workload, SPEED))
         stretch = max(one.get("/sim/state")["clock"]["itl_stretch"] for one in decodes)
         for one in (*prefills, *decodes):
@@ -83,10 +86,22 @@ def in_real_time(workload: Workload, policy: str) -> tuple[list[Sent], float]:
     return [Sent(one.ttft * SPEED, one.latency * SPEED) for one in sent], stretch
 
 
+def replayed(recording: Path, setup: Setup) -> dict[str, tuple[float, float]]:
+    """Serve what the router recorded by the virtual fleet; give TTFTs of both, in modelled seconds."""
+    (path,) = recording.iterdir()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == REQUESTS
+    times = np.array([line["ttft_ms"] for line in lines]) / 1e3 * SPEED
+    again = Fleet(replace(setup, speed=1 / SPEED), read_trace(path), 0).run().ttft
+    shares = {"TTFT p50": 50, "TTFT p90": 90}
+    told = {name: (float(np.percentile(again, at)), float(np.percentile(times, at))) for name, at in shares.items()}
+    return told | {"TTFT mean": (float(again.mean()), float(times.mean()))}
+
+
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_virtual_fleet_gives_what_clients_of_the_real_time_fleet_measure(policy):
+def test_the_virtual_fleet_gives_what_clients_of_the_real_time_fleet_measure(policy, tmp_path):
     workload = prefixes(Shape(requests=REQUESTS, rate=6.0, input_tokens=1500, output_tokens=60, seed=3))
-    sent, stretch = in_real_time(workload, policy)
+    sent, stretch = in_real_time(workload, policy, tmp_path)
     setup = Setup(prefill=2, decode=2, prefill_policy=policy, hop=HOP * SPEED)
     run = Fleet(setup, workload, 0).run()
     first = min(one.arrival for one in workload.requests)
@@ -103,9 +118,11 @@ def test_the_virtual_fleet_gives_what_clients_of_the_real_time_fleet_measure(pol
         "ITL": (float((run.latency - run.ttft)[run.output > 1].sum() / (run.output[run.output > 1] - 1).sum()), itl),
         "tokens/s": (told["output_rate"], tokens.sum() / max(ends)),
     }
+    for name, (again, recorded) in replayed(tmp_path, setup).items():
+        pairs[f"recorded {name}"] = again, recorded
     print(f"\n{policy}, {REQUESTS} requests, 2 + 2 engines, stretch {stretch:.3f}")
     for name, (virtual, real) in pairs.items():
-        print(f"  {name:<10} virtual {virtual:9.4f}  real time {real:9.4f}  {virtual / real - 1:+.1%}")
+        print(f"  {name:<18} virtual {virtual:9.4f}  real time {real:9.4f}  {virtual / real - 1:+.1%}")
     if stretch > STRETCH:
         pytest.skip(
             f"this machine is too busy to run engines in real time: steps took {stretch:.2f} times their length"

@@ -512,6 +512,8 @@ class Pair(Handoff):
         if times is not None and stream is not None and not self._continued:
             held = (self._met + engine.held_tokens) / 2
             times.generated(held, stream.generated, perf_counter() - self._first_at)
+        if stream is not None:
+            self._record.generated = stream.generated
         self._desk.waiting.wake()
         self._sink.end()
         if answer is not None:
