@@ -12,6 +12,7 @@ from pdctl.commands.plan import plan
 from pdctl.commands.replay import replay
 from pdctl.commands.routing import routing
 from pdctl.commands.status import status
+from pdctl.commands.tune import tune
 from pdctl.console import print_error
 from pdctl.errors import ExitCode, PdctlError
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (deploy, status, logs, routing, bench, replay, plan, cleanup):
+for command in (deploy, status, logs, routing, bench, replay, plan, tune, cleanup):
     app.command(epilog=EPILOG)(command)
 
 

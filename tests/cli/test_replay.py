@@ -1,4 +1,4 @@
-"""`pdctl replay` and `pdctl plan` as a person calls them."""
+"""`pdctl replay`, `pdctl plan` and `pdctl tune` as a person calls them."""
 
 import json
 import sys
@@ -80,3 +80,16 @@ def test_plan_finds_the_fewest_engines_and_writes_values(tmp_path: Path, pdctl: 
     assert written == {"prefill": {"replicas": told["prefill"]}, "decode": {"replicas": told["decode"]}}
     fewer = told["prefill"] + told["decode"] - 1
     assert "engines do not serve" in pdctl(*words, "--max-gpus", str(max(2, fewer)), status=1)[1]
+
+
+def test_tune_proposes_what_serves_recorded_traffic_better(pdctl: Pdctl):
+    words = ("tune", "synthetic:prefixes", "--rate", "15", "--requests", "250", "--split", "1:3", "--seeds", "1")
+    shown, _ = pdctl(*words, "--policy", "random")
+    assert shown.startswith("SIMULATED")
+    assert "change to --policy" in shown
+    told = json.loads(pdctl(*words, "--policy", "random", "--json")[0])
+    assert told["best"]["figures"]["ttft_mean"]["mean"] < told["now"]["figures"]["ttft_mean"]["mean"]
+    best = told["best"]
+    assert sum(map(int, best["split"].split(":"))) == 4
+    stay = ("--split", best["split"], "--policy", best["policy"])
+    assert "stay as you are" in pdctl(*words[:6], *stay, "--seeds", "1")[0]
