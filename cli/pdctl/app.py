@@ -5,6 +5,7 @@ import sys
 import typer
 
 from pdctl.commands.bench import bench
+from pdctl.commands.calibrate import calibrate
 from pdctl.commands.cleanup import cleanup
 from pdctl.commands.deploy import deploy
 from pdctl.commands.logs import logs
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (deploy, status, logs, routing, bench, replay, plan, tune, cleanup):
+for command in (deploy, status, logs, routing, bench, replay, plan, tune, calibrate, cleanup):
     app.command(epilog=EPILOG)(command)
 
 

@@ -19,7 +19,7 @@ Part = Annotated[str, typer.Option(help="Share of the trace's time, as 0.5:1.")]
 Rate = Annotated[float, typer.Option(min=0.01, help="Requests a second of a synthetic shape.")]
 Requests = Annotated[int, typer.Option(min=1, help="Requests of a synthetic shape.")]
 KvTokens = Annotated[int, typer.Option(min=0, help="Tokens of each engine's KV cache; 0: as measured.")]
-Gpu = Annotated[str, typer.Option(help="Timing profile.")]
+Gpu = Annotated[str, typer.Option(help="Timing profile: h200, h100 (derived), or a file of pdctl calibrate.")]
 LinkGbps = Annotated[
     float, typer.Option(min=0, help="Gbit/s of each engine's network port, shared by its transfers; 0: as measured.")
 ]

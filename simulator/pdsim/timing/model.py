@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 PROFILES = ("h200", "h100")  # the second is derived from the first, as its file tells
 
@@ -147,12 +148,18 @@ def _known() -> dict[str, Profile]:
 
 
 def load_profile(name: str) -> Profile:
-    """Give a profile by name.
+    """Give a profile by name, or out of a file that `pdctl calibrate` wrote.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or the file has none.
     """
+    known = _known().get(name)
+    if known is not None:
+        return known
+    path = Path(name)
+    if path.suffix != ".json":
+        raise ValueError(f"no timing profile {name!r}; known: {', '.join(_known())}, or a file NAME.json")
     try:
-        return _known()[name]
-    except KeyError:
-        raise ValueError(f"no timing profile {name!r}; known: {', '.join(_known())}") from None
+        return Profile(name=path.stem, **json.loads(path.read_text())["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{name} has no timing profile: {error}") from None
