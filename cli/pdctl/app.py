@@ -10,6 +10,7 @@ from pdctl.commands.cleanup import cleanup
 from pdctl.commands.deploy import deploy
 from pdctl.commands.logs import logs
 from pdctl.commands.plan import plan
+from pdctl.commands.record import record
 from pdctl.commands.replay import replay
 from pdctl.commands.routing import routing
 from pdctl.commands.status import status
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (deploy, status, logs, routing, bench, replay, plan, tune, calibrate, cleanup):
+for command in (deploy, status, logs, routing, bench, record, replay, plan, tune, calibrate, cleanup):
     app.command(epilog=EPILOG)(command)
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 
 import uvloop
 
@@ -44,6 +45,7 @@ from pdrouter.workers import Siblings, Worker, Workers
 _log = logging.getLogger(__name__)
 _HEALTH_TIMEOUT = 3.0
 _SALT = secrets.token_bytes(16)  # of recordings; drawn before workers are forked, so that theirs fit together
+_BEGAN = perf_counter()
 _ADMIN_BODY = 65536
 _PR_SET_PDEATHSIG = 1
 
@@ -101,7 +103,7 @@ class Router:
         if settings.tls_cert_file and settings.tls_key_file:
             self._certificate = Certificate(settings.tls_cert_file, settings.tls_key_file)
         routes = Routes(self.desk, settings, lambda: self.public.draining)
-        admin = AdminRoutes(self.fleet, self.desk.edges, decisions, self._tell)
+        admin = AdminRoutes(self.fleet, self.desk.edges, decisions, self._tell, self._recorder)
         self._siblings = Siblings(worker, self.metrics.state, admin.change) if worker is not None else None
         self.public = Listener(routes.handle, self._limits(), routes.refused, routes.unwelcome)
         self.scraped = Listener(MetricsRoutes(self._page).handle, Limits(body=0))
@@ -218,7 +220,7 @@ def _recorder(settings: Settings, worker: Worker | None) -> Recorder | None:
     if settings.record_dir is None:
         return None
     number = 0 if worker is None else worker.number
-    return Recorder(Path(settings.record_dir), settings.record_max_bytes // settings.workers, _SALT, number)
+    return Recorder(Path(settings.record_dir), settings.record_max_bytes // settings.workers, _SALT, number, _BEGAN)
 
 
 def _rules(settings: Settings) -> Rules:

@@ -2,16 +2,18 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
 
+from pdctl.app import main
 from pdrouter.observe.record import Record
 from pdrouter.observe.recorder import FILES, Recorder, RecorderError
 from pdrouter.openai.features import Prompt
 from pdrouter.policies import RoutingKey
 from pdsim.virtual.traces import read_trace
-from support.processes import engine, router, start_all, until
+from support.processes import engine, new_address, router, start_all, until
 
 WORDS = "the quick brown fox jumps over the lazy dog while nobody looks at it".split()
 
@@ -98,3 +100,33 @@ def test_the_router_records_lengths_engines_and_outcomes_but_no_text_and_no_key(
     (path,) = tmp_path.iterdir()
     workload = read_trace(path)
     assert [one.output for one in workload.requests][:2] == [7, 7]
+
+
+def test_a_recording_is_stopped_started_and_fetched_over_the_admin_port(tmp_path, monkeypatch, capsys):
+    admin, folder, fetched = new_address(), tmp_path / "kept", tmp_path / "trace.jsonl"
+    engines = [engine("prefill", "--speed", "20"), engine("decode", "--speed", "20")]
+    start_all(engines)
+
+    def pdctl(action: str, *more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["pdctl", "record", action, "--admin", f"http://{admin}:9000", *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    flags = ("--record-dir", str(folder), "--admin-host", admin, "--admin-port", "9000")
+    body = {"model": "tiny", "prompt": text(5, 600), "max_tokens": 3, "ignore_eos": True}
+    try:
+        with router(engines[:1], engines[1:], *flags) as front:
+            front.post("/v1/completions", body)
+            until(lambda: len(lines(folder)) == 1, 10, "a line")
+            assert pdctl("stop") == "stopped\n"
+            front.post("/v1/completions", body)
+            assert pdctl("start") == "recording\n"
+            front.post("/v1/completions", body | {"max_tokens": 5})
+            until(lambda: len(lines(folder)) == 2, 10, "another line")
+            assert pdctl("fetch", "--output", str(fetched)).startswith("2 requests")
+    finally:
+        for one in engines:
+            one.stop()
+    assert [one.output for one in read_trace(fetched).requests] == [3, 5]

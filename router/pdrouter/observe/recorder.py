@@ -24,6 +24,9 @@ BLOCK = 512  # tokens of a number, as in Mooncake's traces
 FILES = 4  # a recording is kept in so many files; the oldest goes when there would be more
 _EACH = BLOCK // BLOCK_TOKENS
 _POSITIVE = (1 << 63) - 1
+_STOPPED = "stopped"
+_LOOK = 1.0
+_PIECE = 1 << 20
 
 
 class RecorderError(Exception):
@@ -33,7 +36,8 @@ class RecorderError(Exception):
 class Recorder:
     """Writes `trace-WORKER-START-N.jsonl` in a folder, up to a size in all; what earlier recordings left counts too.
 
-    Each line is written at once, so that it is there whatever becomes of the process.
+    Each line is written at once, so that it is there whatever becomes of the process. While the folder has a file named
+    `stopped`, nothing is written by any of the router's processes.
     """
 
     __slots__ = (
@@ -42,15 +46,19 @@ class Recorder:
         "_file",
         "_files",
         "_folder",
+        "_looked",
         "_most",
         "_name",
         "_number",
+        "_running",
         "_salt",
         "_size",
         "broken",
     )
 
-    def __init__(self, folder: Path, most_bytes: int, salt: bytes | None = None, worker: int = 0) -> None:
+    def __init__(
+        self, folder: Path, most_bytes: int, salt: bytes | None = None, worker: int = 0, began: float | None = None
+    ) -> None:
         """Begin a recording.
 
         Args:
@@ -58,6 +66,7 @@ class Recorder:
             most_bytes: of all files together.
             salt: keys the numbers; workers of one router share it. None draws one.
             worker: which of the router's processes this is; each writes files of its own.
+            began: from when times are counted (`perf_counter`), the same for all processes; None for now.
 
         Raises:
             RecorderError: the folder cannot be written.
@@ -65,7 +74,9 @@ class Recorder:
         self._folder = folder
         self._most = most_bytes // FILES
         self._salt = salt or secrets.token_bytes(16)
-        self._began = perf_counter()
+        self._began = perf_counter() if began is None else began
+        self._looked = 0.0
+        self._running = True
         self._engines: dict[str, int] = {}
         self._number = self._size = 0
         self._name = f"trace-{worker}-{int(time())}"
@@ -90,6 +101,11 @@ class Recorder:
         """Write a request that ended, if it is one that a trace can tell."""
         asked = record.asked
         if asked is None or self.broken:
+            return
+        if ended - self._looked > _LOOK or not self._looked:
+            self._looked = ended
+            self._running = self.running
+        if not self._running:
             return
         tokens = record.prompt_tokens or asked.tokens
         numbers = asked.chain.numbers
@@ -139,6 +155,47 @@ class Recorder:
             self._file = self._next()
         self._file.write(line)
         self._size += len(line)
+
+    @property
+    def running(self) -> bool:
+        """Whether anything is written."""
+        return not self.broken and not (self._folder / _STOPPED).exists()
+
+    def start(self) -> None:
+        """Write again; other processes do within a second.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        (self._folder / _STOPPED).unlink(missing_ok=True)
+        self._looked = 0.0
+
+    def stop(self) -> None:
+        """Write no more, also after a restart.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        (self._folder / _STOPPED).touch()
+        self._looked = 0.0
+
+    def files(self) -> dict[str, int]:
+        """Give the sizes of all files, by name."""
+        return {path.name: path.stat().st_size for path in sorted(self._folder.glob("trace-*.jsonl"))}
+
+    def piece(self, name: str, offset: int) -> str:
+        """Give whole lines of a file from an offset on, a megabyte at most; nothing at its end.
+
+        Raises:
+            KeyError: there is no such file.
+            OSError: it cannot be read.
+        """
+        if name not in self.files():
+            raise KeyError(name)
+        with (self._folder / name).open("rb") as file:
+            file.seek(offset)
+            told = file.read(_PIECE)
+        return told[: told.rfind(b"\n") + 1].decode()
 
     def close(self) -> None:
         """End the recording."""
