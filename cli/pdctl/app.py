@@ -7,6 +7,7 @@ from typer.core import TyperGroup
 
 from pdctl import configuration
 from pdctl.commands.bench import bench
+from pdctl.commands.calibrate import calibrate
 from pdctl.commands.change import rollout, scale
 from pdctl.commands.cleanup import cleanup
 from pdctl.commands.deploy import deploy
@@ -14,11 +15,15 @@ from pdctl.commands.diff import diff
 from pdctl.commands.doctor import doctor
 from pdctl.commands.logs import logs
 from pdctl.commands.metrics import metrics
+from pdctl.commands.plan import plan
 from pdctl.commands.port_forward import port_forward
+from pdctl.commands.record import record
 from pdctl.commands.render import render
+from pdctl.commands.replay import replay
 from pdctl.commands.routing import routing
 from pdctl.commands.status import status
 from pdctl.commands.top import top
+from pdctl.commands.tune import tune
 from pdctl.console import print_error
 from pdctl.errors import ExitCode, PdctlError
 
@@ -26,7 +31,8 @@ EPILOG = (
     "Exit status: 0 done, 1 failed, 2 wrong usage, 3 something needed is missing or taken, 4 timed out, 130 Ctrl-C."
 )
 COMMANDS = (
-    deploy, status, top, logs, metrics, routing, doctor, bench, port_forward, scale, rollout, render, diff, cleanup,
+    deploy, status, top, logs, metrics, routing, doctor, bench, record, replay, plan, tune, calibrate,
+    port_forward, scale, rollout, render, diff, cleanup,
 )  # fmt: skip
 
 app = typer.Typer(
