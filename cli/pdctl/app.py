@@ -9,6 +9,7 @@ from pdctl.commands.cleanup import cleanup
 from pdctl.commands.deploy import deploy
 from pdctl.commands.logs import logs
 from pdctl.commands.routing import routing
+from pdctl.commands.runs import runs
 from pdctl.commands.status import status
 from pdctl.console import print_error
 from pdctl.errors import ExitCode, PdctlError
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 for command in (deploy, status, logs, routing, bench, cleanup):
     app.command(epilog=EPILOG)(command)
+app.add_typer(runs, name="runs", epilog=EPILOG)
 
 
 def main() -> None:

@@ -175,6 +175,19 @@ class LocalTarget:
         self.router_url = known.router_url
         self.model = known.model
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it was set up."""
+        known = self._deployment
+        return {
+            "where": "local",
+            "prefill": len(known.of_role("prefill")),
+            "decode": len(known.of_role("decode")),
+            "router": "pd-router",
+            "policy": known.policy,
+            "speed": known.speed,
+        }
+
     @classmethod
     def find(cls, name: str) -> "LocalTarget":
         """Find a deployment.
