@@ -6,8 +6,10 @@ import typer
 
 from pdctl.commands.bench import bench
 from pdctl.commands.cleanup import cleanup
+from pdctl.commands.compare import compare
 from pdctl.commands.deploy import deploy
 from pdctl.commands.logs import logs
+from pdctl.commands.report import report
 from pdctl.commands.routing import routing
 from pdctl.commands.runs import runs
 from pdctl.commands.status import status
@@ -25,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (deploy, status, logs, routing, bench, cleanup):
+for command in (deploy, status, logs, routing, bench, compare, report, cleanup):
     app.command(epilog=EPILOG)(command)
 app.add_typer(runs, name="runs", epilog=EPILOG)
 

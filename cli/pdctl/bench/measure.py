@@ -162,7 +162,7 @@ def measure(
             _wait(senders, "strain", lambda: on_progress(*_sums(senders)))
         except KeyboardInterrupt:
             senders.stop()
-            _save(run, repeat, run.partial_result(repeat, **extra))
+            run.keep(repeat, run.partial_result(repeat, **extra))
             raise
     strain = _strain([sender.strain for sender in senders.all if sender.strain])
     after = target.health() if target else []
@@ -175,12 +175,8 @@ def measure(
             "transfers": transfers(moved, target.routing().transfers) if target else [], **extra,
         },
     )  # fmt: skip
-    _save(run, repeat, told)
+    run.keep(repeat, told)
     return told
-
-
-def _save(run: Run, repeat: int, told: dict[str, Any]) -> None:
-    run.result_path(repeat).write_bytes(orjson.dumps(told))
 
 
 def _forget(path: Path, repeat: int) -> None:

@@ -103,7 +103,7 @@ def measure(
     extra = {"partial": False, "repeat": repeat, "client": "vllm", "slos": {}, "aborted": 0, "errors": {}}
     told |= {"num_gpus": place.gpus, "simulated": place.simulated, "pdctl": extra}
     on_progress(told["completed"] + told["failed"], told["failed"])
-    run.result_path(repeat).write_bytes(orjson.dumps(told))
+    run.keep(repeat, told)
     return told
 
 

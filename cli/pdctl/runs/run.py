@@ -125,6 +125,10 @@ class Run:
         """Where a repeat's figures are."""
         return self.folder / "results" / f"{repeat}.json"
 
+    def keep(self, repeat: int, told: dict[str, Any]) -> None:
+        """Write a repeat's figures."""
+        self.result_path(repeat).write_bytes(orjson.dumps(told))
+
     @property
     def finished(self) -> set[int]:
         """The repeats that are whole."""
