@@ -13,6 +13,7 @@ from pdctl.commands.report import report
 from pdctl.commands.routing import routing
 from pdctl.commands.runs import runs
 from pdctl.commands.status import status
+from pdctl.commands.sweep import sweep
 from pdctl.console import print_error
 from pdctl.errors import ExitCode, PdctlError
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (deploy, status, logs, routing, bench, compare, report, cleanup):
+for command in (deploy, status, logs, routing, bench, compare, sweep, report, cleanup):
     app.command(epilog=EPILOG)(command)
 app.add_typer(runs, name="runs", epilog=EPILOG)
 

@@ -227,6 +227,12 @@ def _strain(told: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def worst(results: list[dict[str, Any]]) -> list[str]:
+    """Give the warnings of the repeat that has most of them."""
+    found = sorted((warnings(told) for told in results), key=len)
+    return found[-1] if found else []
+
+
 def warnings(told: dict[str, Any]) -> list[str]:
     """Say what makes a result doubtful: a client or a machine that was too slow."""
     found = []

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pdctl import deployment
 from pdctl.bench.measure import Progress as OnProgress
-from pdctl.bench.measure import warnings
+from pdctl.bench.measure import worst
 from pdctl.bench.workload import Workload
 from pdctl.commands import loads
 from pdctl.commands.bench import about
@@ -206,7 +206,7 @@ class _Turns(contextlib.ExitStack):
 def _finish(run: Run, report: Path | None, json: bool) -> None:
     _show(comparison(run.points, paired=True), json)
     for point in run.points:
-        for warning in sorted({text for told in point.results() for text in warnings(told)}):
+        for warning in worst(point.results()):
             err.print(f"[bold yellow]warning[/]: {point.name}: {warning}", soft_wrap=True)
     page = run.folder / "report.html"
     write(run, page)

@@ -93,7 +93,7 @@ def show(name: Named = "last", json: Json = False) -> None:
     table.add_row("files", str(run.folder))
     out.print(table)
     if run.points:
-        out.print(_points(run))
+        out.print(points_table(run))
     if run.measures:
         told = run.results()
         if any(one["pdctl"].get("partial") for one in told):
@@ -109,7 +109,8 @@ def show(name: Named = "last", json: Json = False) -> None:
         out.print(scores_table(run))
 
 
-def _points(run: Run) -> Table:
+def points_table(run: Run) -> Table:
+    """Make the table of a run's points."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("POINT")
     keys = [key for key in HEADLINES if any(key in headlines(point.whole_results()) for point in run.points)]

@@ -49,9 +49,14 @@ class Contender:
         return f"{self.router}-{self.policy}"
 
     @property
+    def package(self) -> str:
+        """Its distribution."""
+        return "pd-router" if self.router == "ours" else self.router
+
+    @property
     def title(self) -> str:
         """What reports call it."""
-        return f"{'pd-router' if self.router == 'ours' else self.router}, {self.policy}"
+        return f"{self.package}, {self.policy}"
 
     def command(self, engines: Deployment, host: str, port: int, metrics_port: int, binary: str) -> list[str]:
         """Give its command line before a deployment's engines."""
@@ -163,7 +168,7 @@ def _wait(contender: Contender, process: subprocess.Popen[bytes], url: str, mode
 
 def version_of(contender: Contender, binary: str) -> str:
     """Give the version of a contender's program, and whether ours is compiled."""
-    package, module = ("pd-router", "pdrouter") if contender.router == "ours" else ("vllm-router", "vllm_router")
+    package, module = contender.package, "pdrouter" if contender.router == "ours" else "vllm_router"
     code = (
         "import importlib.metadata as m, importlib.util as u, pathlib as p; "
         f"compiled = any(p.Path(u.find_spec({module!r}).origin).parent.rglob('*.so')); "
@@ -173,5 +178,5 @@ def version_of(contender: Contender, binary: str) -> str:
     answer = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     version, _, compiled = answer.stdout.strip().partition(" ")
     if contender.router == "ours":
-        return f"{version or 'unknown'}, {'compiled' if compiled == 'True' else 'not compiled'}"
+        return f"{version or 'unknown'} ({'compiled' if compiled == 'True' else 'not compiled'})"
     return version or "unknown"

@@ -46,7 +46,7 @@ def turns(contenders: list[Contender], repeats: int) -> list[tuple[int, Contende
 
 def place_of(contender: Contender, target: LocalTarget, url: str, version: str) -> Place:
     """Describe the engines behind a contender."""
-    settings = target.settings | {"router": f"{contender.router} {version}", "policy": contender.policy}
+    settings = target.settings | {"router": f"{contender.package} {version}", "policy": contender.policy}
     return Place(url, target.model, target, settings)
 
 

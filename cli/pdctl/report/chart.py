@@ -53,11 +53,12 @@ class Axes:
 
     def option(self) -> dict[str, Any]:
         """Give ECharts' option."""
+        begins = {"min": 0} if self.x.startswith("seconds") else {}
         return {
-            "legend": {"type": "scroll", "top": 0},
+            "legend": {"top": 0},
             "tooltip": {"trigger": "item"},
             "grid": GRID,
-            "xAxis": _axis(self.x, self.log_x) | {"nameLocation": "middle", "nameGap": 28},
+            "xAxis": _axis(self.x, self.log_x) | {"nameLocation": "middle", "nameGap": 28} | begins,
             "yAxis": _axis(self.y, self.log_y),
             "series": self.series,
         }

@@ -8,6 +8,7 @@ import numpy as np
 
 from pdctl.bench.client import Record
 from pdctl.bench.repeats import HEADLINES, headlines
+from pdctl.compare.difference import Difference
 from pdctl.compare.told import Comparison
 from pdctl.report.chart import GRID, Axes, Cell, Chart, heat, quantiles
 from pdctl.runs.run import Run
@@ -23,7 +24,11 @@ def title_of(run: Run) -> str:
 def charts(runs: Sequence[Run], told: Comparison | None) -> list[Chart]:
     """Give the charts of runs with the same load, side by side."""
     records = {title_of(run): [record for record in run.records() if record.ok] for run in runs}
-    found = [] if told is None else [changes(told)]
+    found = (
+        []
+        if told is None
+        else [changes(told.runs[0], run, one) for run, one in zip(told.runs[1:], told.others, strict=True)]
+    )
     found += [
         distribution("ttft", "Time to first token", records, lambda record: [record.ttft * 1e3]),
         distribution("itl", "Inter-token latency", records, lambda record: [gap * 1e3 for gap in record.itls]),
@@ -85,46 +90,38 @@ def throughput(runs: Sequence[Run]) -> Chart:
     )  # fmt: skip
 
 
-def changes(told: Comparison) -> Chart:
-    """Draw each metric's change with its interval."""
-    base = title_of(told.runs[0])
-    metrics = list(reversed([metric for metric in HEADLINES if metric in told.figures[0]]))
-    names = [HEADLINES[metric] for metric in metrics]
-    series: list[dict[str, Any]] = []
-    rows: list[list[Cell]] = []
-    for run, found in zip(told.runs[1:], told.others, strict=True):
-        by_metric = {one.metric: one for one in found}
-        series.append({
-            "type": "scatter", "name": title_of(run), "symbolSize": 11,
-            "data": [[round(by_metric[m].change * 100, 2), HEADLINES[m]] for m in metrics if m in by_metric],
-        })  # fmt: skip
-        bounds: list[list[Any] | None] = []
-        for metric in metrics:
-            one = by_metric.get(metric)
-            if one is not None and one.low is not None and one.high is not None:
-                bounds += [[round(one.low * 100, 2), HEADLINES[metric]], [round(one.high * 100, 2), HEADLINES[metric]]]
-                bounds.append([None, HEADLINES[metric]])
-        series.append({
-            "type": "line", "name": title_of(run), "data": bounds, "connectNulls": False, "symbol": "none",
-            "lineStyle": {"width": 3}, "tooltip": {"show": False},
-        })  # fmt: skip
-        rows += [
-            [title_of(run), HEADLINES[one.metric], round(one.base, 2), round(one.other, 2), one.told(), one.verdict]
-            for one in found
-        ]
+def changes(base: Run, other: Run, found: Sequence[Difference]) -> Chart:
+    """Draw each metric's change from one run to another with its interval."""
+    ordered = list(reversed(found))
+    bounds: list[list[Any]] = []
+    for one in ordered:
+        name = HEADLINES[one.metric]
+        if one.low is not None and one.high is not None:  # a gap ends each line
+            bounds += [[round(one.low * 100, 2), name], [round(one.high * 100, 2), name], [None, name]]
     option = {
-        "legend": {"type": "scroll", "top": 0},
         "tooltip": {"trigger": "item"},
-        "grid": GRID | {"right": 32},
+        "grid": GRID | {"right": 32, "top": 12},
         "xAxis": {"type": "value", "name": "change, %", "nameLocation": "middle", "nameGap": 28},
-        "yAxis": {"type": "category", "data": names},
-        "series": series,
-    }
+        "yAxis": {"type": "category", "data": [HEADLINES[one.metric] for one in ordered]},
+        "series": [
+            {
+                "type": "line", "name": "95 % interval", "data": bounds, "connectNulls": False, "symbol": "none",
+                "lineStyle": {"width": 3, "type": "solid"}, "tooltip": {"show": False},
+            },
+            {
+                "type": "scatter", "name": "change", "symbolSize": 11,
+                "data": [[round(one.change * 100, 2), HEADLINES[one.metric]] for one in ordered],
+            },
+        ],
+    }  # fmt: skip
+    rows: list[list[Cell]] = [
+        [HEADLINES[one.metric], round(one.base, 2), round(one.other, 2), one.told(), one.verdict] for one in found
+    ]
     return Chart(
-        "changes", f"Change from {base}",
+        f"changes-{other.name}", f"Change: {title_of(other)} instead of {title_of(base)}",
         "A dot is the change of the mean, the line its 95 % interval: one that touches 0 is within noise. "
         "More is better for throughput, less for times.",
-        option, ["run", "metric", base, "run's value", "change (95 %)", "verdict"], rows, 120 + 44 * len(metrics),
+        option, ["metric", title_of(base), title_of(other), "change (95 %)", "verdict"], rows, 80 + 30 * len(rows),
     )  # fmt: skip
 
 

@@ -7,16 +7,16 @@
   const palettes = {
     light: {
       series: ["#0550ae", "#b35900", "#116329", "#8250df", "#a40e26", "#57606a"],
-      heat: ["#eef4fb", "#6ea8e5", "#0a3069"],
+      heat: ["#f3f8fd", "#b9d7f5", "#7fb6ee"],
     },
     dark: {
       series: ["#79c0ff", "#ffa657", "#56d364", "#d2a8ff", "#ff8182", "#9da7b3"],
-      heat: ["#161b22", "#1f6feb", "#a5d6ff"],
+      heat: ["#10161f", "#173a6b", "#1d53a6"],
     },
   };
   const drawn = [];
 
-  function coloured(option, theme) {
+  function coloured(option, theme, width) {
     const style = getComputedStyle(document.documentElement);
     const front = style.getPropertyValue("--front").trim();
     const quiet = style.getPropertyValue("--quiet").trim();
@@ -44,9 +44,14 @@
       const colour = palette.series[Math.max(0, names.indexOf(one.name)) % palette.series.length];
       if (one.type !== "heatmap") one.itemStyle = { color: colour, ...one.itemStyle };
       if (one.type === "line") one.lineStyle = { width: 2, color: colour, type: ["solid", "dashed", "dotted"][names.indexOf(one.name) % 3], ...one.lineStyle };
+      if (one.type === "heatmap") one.label = { ...one.label, color: front };
       if (one.type === "bar" && one.label) one.label = { ...one.label, color: back };
     }
-    if (document.body.clientWidth < 640 && made.grid) made.grid = { ...made.grid, right: 12 };
+    if (made.legend) {
+      // the legend wraps; what is below it begins where it ends
+      const rows = Math.ceil(names.reduce((sum, name) => sum + name.length * 7 + 45, 0) / width);
+      made.grid = { ...made.grid, top: 32 + 22 * rows };
+    }
     return made;
   }
 
@@ -59,14 +64,14 @@
     drawn.splice(0).forEach((chart) => chart.dispose());
     for (const place of document.querySelectorAll("[data-chart]")) {
       const chart = echarts.init(place, null, { renderer: "svg" });
-      chart.setOption(coloured(options[place.dataset.chart], wished));
+      chart.setOption(coloured(options[place.dataset.chart], wished, place.clientWidth));
       drawn.push(chart);
     }
   }
 
   select.addEventListener("change", () => draw(theme()));
   system.addEventListener("change", () => draw(theme()));
-  addEventListener("resize", () => drawn.forEach((chart) => chart.resize()));
+  addEventListener("resize", () => draw(document.documentElement.dataset.theme));
   addEventListener("beforeprint", () => draw("light"));
   addEventListener("afterprint", () => draw(theme()));
   draw(theme());

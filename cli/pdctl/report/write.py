@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from jinja2 import Environment, select_autoescape
 
-from pdctl.bench.measure import warnings
+from pdctl.bench.measure import worst
 from pdctl.bench.repeats import HEADLINES
 from pdctl.compare.told import Comparison, comparison
 from pdctl.report import figures
@@ -82,15 +82,16 @@ def _what(run: Run) -> str:
     if run.kind == "eval":
         return str(run.about["task"])
     if run.kind == "compare":
-        return ", ".join(figures.title_of(point) for point in run.points)
+        return "; ".join(figures.title_of(point) for point in run.points)
     return run.workload.title()
 
 
 def _doubts(run: Run) -> list[str]:
     found = list(run.about.get("warnings", ()))
     if run.measures:
-        found += [text for told in run.results() for text in warnings(told)]
-        if any(told["pdctl"].get("partial") for told in run.results()):
+        results = run.results()
+        found += worst(results)
+        if any(told["pdctl"].get("partial") for told in results):
             found.append("a repeat was cut short; the figures of whole repeats are shown where there are any")
     return found
 
