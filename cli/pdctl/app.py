@@ -8,6 +8,7 @@ from pdctl.commands.bench import bench
 from pdctl.commands.cleanup import cleanup
 from pdctl.commands.compare import compare
 from pdctl.commands.deploy import deploy
+from pdctl.commands.eval import eval_
 from pdctl.commands.logs import logs
 from pdctl.commands.report import report
 from pdctl.commands.routing import routing
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for command in (deploy, status, logs, routing, bench, compare, sweep, report, cleanup):
     app.command(epilog=EPILOG)(command)
+app.command("eval", epilog=EPILOG)(eval_)
 app.add_typer(runs, name="runs", epilog=EPILOG)
 
 

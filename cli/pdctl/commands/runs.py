@@ -18,6 +18,7 @@ from pdctl.runs.export import export
 Named = Annotated[
     str, typer.Argument(help="Name, its beginning, its label, or last; RUN/POINT is a point of it.", metavar="RUN")
 ]
+_OF_POINTS = ("output_throughput", "request_goodput", "median_ttft_ms", "p99_ttft_ms", "p99_itl_ms", "median_tpot_ms")
 runs = typer.Typer(help="What was measured and is kept.", no_args_is_help=True)
 
 
@@ -112,10 +113,10 @@ def show(name: Named = "last", json: Json = False) -> None:
 def points_table(run: Run) -> Table:
     """Make the table of a run's points."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("POINT")
-    keys = [key for key in HEADLINES if any(key in headlines(point.whole_results()) for point in run.points)]
+    table.add_column("POINT", no_wrap=True)
+    keys = [key for key in _OF_POINTS if any(key in headlines(point.whole_results()) for point in run.points)]
     for key in ("repeats", *keys):
-        table.add_column(HEADLINES.get(key, key).upper(), justify="right", overflow="fold")
+        table.add_column(HEADLINES.get(key, key), justify="right", overflow="fold")
     for point in run.points:
         figures = headlines(point.whole_results())
         row = [figures[key].text() if key in figures else "" for key in keys]

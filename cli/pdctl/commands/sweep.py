@@ -248,7 +248,7 @@ def _show(run: Run, plan: Plan, json: bool) -> None:
                 f"from {plan.over} {one.saturation:g} on" if one.saturation else f"not reached at {plan.levels[-1]:g}"
             )
             out.print(
-                f"{one.setting}: saturated {where}; best: {one.best_per_gpu:.3g} {one.unit}, at {one.best}",
+                f"{one.setting}: saturation {where}; best: {one.best_per_gpu:.3g} {one.unit}, at {one.best}",
                 soft_wrap=True,
             )
     for point in run.points:

@@ -103,7 +103,8 @@ def described(url: str, model: str | None) -> Place:
     with httpx.Client(timeout=10, headers=authorization()) as client:
         try:
             answer = client.get(base + "/v1/models")
-            answer.raise_for_status()
+            if model is None:
+                answer.raise_for_status()
             told: str = model or answer.json()["data"][0]["id"]
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             raise PdctlError(
