@@ -1,4 +1,4 @@
-"""The load generator beside the real `vllm bench serve`, in turn, against the same simulated fleet (`make bench-client`).
+"""The load generator beside the real `vllm bench serve`, in turn, on the same simulated fleet (`make bench-client`).
 
 Also what the load generator itself costs a token, against a server in C that streams tokens as fast as they are taken.
 Needs vLLM: its program by VLLM=PROGRAM. Exit status 1 when throughput differs by more than 3 % or a median by more than
@@ -22,7 +22,8 @@ NAME = "agreement"
 PDCTL = [sys.executable, "-m", "pdctl"]
 JUDGED = {"output_throughput": 0.03, "median_ttft_ms": 0.05, "median_itl_ms": 0.05, "median_tpot_ms": 0.05,
           "median_e2el_ms": 0.05}  # fmt: skip
-STREAMS, TOKENS = 32, 500
+STREAMS, TOKENS = 64, 500
+PACES = {"as fast as they come": 0, "one every 20 ms": 20}
 
 
 def pdctl(*arguments: str, environment: dict[str, str] | None = None) -> None:
@@ -46,23 +47,20 @@ def rounds(count: int, vllm: str, options: list[str]) -> dict[str, list[dict[str
     return told
 
 
-def cost() -> dict[str, float]:
-    """Measure what a token costs the load generator, against the C engines of the router's bench."""
+def cost(pace_ms: int) -> tuple[float, float]:
+    """Give what a token costs the load generator in us, and tokens a second, against the router bench's C engines."""
     peers.BUILD.mkdir(parents=True, exist_ok=True)
     program = peers.BUILD / "engines"
     subprocess.run(["cc", "-O2", "-o", str(program), str(peers.HERE / "engines.c")], check=True)
-    with peers.engines(TOKENS, 0), tempfile.TemporaryDirectory() as folder:
+    with peers.engines(TOKENS, pace_ms), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cost.json"
         pdctl(
-            "bench", "2000", str(STREAMS), "--url", f"http://127.0.0.1:{peers.DECODE}", "--model", "m", "--input-len",
-            "100", "--output-len", str(TOKENS), "--prompts", "ids", "--label", "client-cost", "--output", str(path),
+            "bench", str(STREAMS * (1 if pace_ms else 20)), str(STREAMS), "--url", f"http://127.0.0.1:{peers.DECODE}",
+            "--model", "m", "--input-len", "100", "--output-len", str(TOKENS), "--prompts", "ids",
+            "--label", "client-cost", "--output", str(path),
         )  # fmt: skip
         told = json.loads(path.read_text())
-    tokens = told["total_output_tokens"]
-    return {
-        "us_a_token": told["pdctl"]["strain"]["cpu_seconds"] / max(tokens, 1) * 1e6,
-        "tokens_a_second": told["output_throughput"],
-    }
+    return told["pdctl"]["strain"]["cpu_seconds"] / told["total_output_tokens"] * 1e6, told["output_throughput"]
 
 
 def main() -> int:
@@ -74,18 +72,18 @@ def main() -> int:
     parser.add_argument("--cost-only", action="store_true", help="only what a token costs")
     parser.add_argument("options", nargs="*", help="of pdctl bench, after --")
     told = parser.parse_args()
-    costs = cost()
-    print(
-        f"the load generator costs {costs['us_a_token']:.1f} us a token; one process takes {costs['tokens_a_second']:.0f} tok/s"
-    )
+    for pace, milliseconds in PACES.items():
+        microseconds, speed = cost(milliseconds)
+        print(
+            f"tokens {pace}, {STREAMS} streams: {microseconds:.1f} us a token, {speed:.0f} tok/s by one client process"
+        )
     if told.cost_only:
         return 0
     if not told.vllm:
         print("bench-client: say where real vLLM is: make bench-client VLLM=PROGRAM", file=sys.stderr)
         return 2
     options = told.options or ["200", "8", "--input-len", "500", "--output-len", "100"]
-    subprocess.run([*PDCTL, "deploy", "--local", "--name", NAME, "--prefill", "2", "--decode", "2", "--speed", told.speed,
-                    "-y"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    pdctl("deploy", "--local", "--name", NAME, "--prefill", "2", "--decode", "2", "--speed", told.speed, "-y")
     try:
         measured = rounds(told.rounds, told.vllm, options)
     finally:

@@ -22,10 +22,10 @@ class Shell:
         self.environment.pop("PYTHONPATH", None)
         self.state = state / "pdctl"
 
-    def run(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
         environment = self.environment | options.pop("environment", {})
         return subprocess.run(
-            [*PDCTL, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False,
+            [*PDCTL, *arguments], env=environment, capture_output=True, text=True, timeout=timeout, check=False,
             cwd=self.state.parent, stdin=subprocess.DEVNULL, **options,
         )  # fmt: skip
 

@@ -48,8 +48,8 @@ def _judged(scores: list[Score], known: dict[str, tuple[float, int]]) -> str | N
     names = sorted({one.task for one in scores})
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return (
-        f"chance level: {score:.3f} over {count} samples of {shown}, where guessing gives {chance:.3f}; such a score says "
-        "nothing about the model"
+        f"chance level: {score:.3f} over {count} samples of {shown}, where guessing gives {chance:.3f}; such a score "
+        "says nothing about the model"
     )
 
 
