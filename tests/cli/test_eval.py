@@ -1,7 +1,6 @@
 """Evaluations: the real lm_eval, with a task made here, and scores that are none."""
 
 import json
-import random
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,44 +15,10 @@ from pdctl.evals.parity import parity
 from pdctl.evals.scores import Score, read
 from pdctl.runs import Run
 from support.processes import until
-from support.requests import WORDS
 from support.shell import Shell
+from support.tasks import make_tasks
 
 LM_EVAL_SECONDS = 280  # it is installed by the first of these tests, and slow to start
-
-
-def make_tasks(folder: Path, documents: int = 30) -> None:
-    """Write a group of two multiple-choice tasks and a task that generates, over documents made here."""
-    folder.mkdir()
-    draw = random.Random(1)
-    for name in ("one", "two"):
-        lines = [
-            {"q": " ".join(draw.choices(WORDS, k=30)), "choices": draw.sample(WORDS, 4), "gold": draw.randrange(4)}
-            for _ in range(documents)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (folder / f"{name}.yaml").write_text(
-            _task(f"words_{name}", folder / f"{name}.jsonl")
-            + "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: gold\n"
-            + "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
-        )
-    (folder / "group.yaml").write_text(
-        "group: words\ntask: [words_one, words_two]\n"
-        "aggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
-    )
-    (folder / "written.yaml").write_text(
-        _task("words_written", folder / "one.jsonl")
-        + 'output_type: generate_until\ngeneration_kwargs:\n  max_gen_toks: 8\n  until: ["\\n\\n"]\n'
-        + 'doc_to_target: "{{choices[gold]}}"\n'
-        + "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
-    )
-
-
-def _task(name: str, data: Path) -> str:
-    return (
-        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\ntest_split: test\n"
-        'doc_to_text: "{{q}}\\nNext:"\n'
-    )
 
 
 @pytest.fixture
@@ -131,7 +96,8 @@ class Liar(BaseHTTPRequestHandler):
         if self.path == "/tokenize":
             self._send({"tokens": [len(word) for word in body["prompt"].split()]})
         else:
-            self._send({"choices": [{"index": 0, "text": "x", "logprobs": type(self).answer(len(body["prompt"]))}]})
+            told = type(self).answer(len(body["prompt"][0]))  # lm_eval sends lists of one prompt
+            self._send({"choices": [{"index": 0, "text": "x", "logprobs": told}]})
 
     def _send(self, told: object) -> None:
         content = json.dumps(told).encode()
