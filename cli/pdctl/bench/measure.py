@@ -113,7 +113,13 @@ class _Senders:
 
 
 def measure(
-    run: Run, workload: Workload, place: Place, repeat: int, client: Client, on_progress: Progress, **extra: Any
+    run: Run,
+    workload: Workload,
+    place: Place,
+    repeat: int,
+    client: Client,
+    on_progress: Progress,
+    more: Callable[[], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
     """Send a workload once and write the result into the run's folder.
 
@@ -126,7 +132,7 @@ def measure(
         repeat: its number.
         client: by what.
         on_progress: told how many requests have ended and failed.
-        extra: more to write down with the result.
+        more: gives what else is written down with the result, once it is over.
 
     Raises:
         KeyboardInterrupt: interrupted; the partial result has been written.
@@ -162,7 +168,7 @@ def measure(
             _wait(senders, "strain", lambda: on_progress(*_sums(senders)))
         except KeyboardInterrupt:
             senders.stop()
-            run.keep(repeat, run.partial_result(repeat, **extra))
+            run.keep(repeat, run.partial_result(repeat))
             raise
     strain = _strain([sender.strain for sender in senders.all if sender.strain])
     after = target.health() if target else []
@@ -172,7 +178,7 @@ def measure(
         extra={
             "partial": False, "repeat": repeat, "client": "pdctl", "processes": processes, "strain": strain,
             "stretch": stretch(before, after),
-            "transfers": transfers(moved, target.routing().transfers) if target else [], **extra,
+            "transfers": transfers(moved, target.routing().transfers) if target else [], **more(),
         },
     )  # fmt: skip
     run.keep(repeat, told)

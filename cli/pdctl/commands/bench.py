@@ -156,8 +156,9 @@ def show(run: Run, json: bool) -> None:
             print(table(one))
         if len(told) > 1:
             print(spread(told))
-        for line in _ours(told[-1]):
-            out.print(line, soft_wrap=True)
+        for one in told[-1:]:
+            for line in _ours(one):
+                out.print(line, soft_wrap=True)
     err.print(f"run: {run.name}   pdctl report {run.name}", soft_wrap=True)
     for one in told:
         for warning in warnings(one):

@@ -17,6 +17,7 @@ import psutil
 from pdctl.deployment import Deployment
 from pdctl.environments import Environment
 from pdctl.errors import ExitCode, PdctlError
+from pdctl.supervisor import die_with_parent
 from pdctl.targets.local import free, program
 from pdrouter.policies import POLICIES
 
@@ -140,8 +141,9 @@ def standing(contender: Contender, engines: Deployment, log: Path, say: Say) -> 
     command = contender.command(engines, host, port, metrics_port, binary)
     with log.open("ab") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 no thread of ours holds a lock here
+        )  # fmt: skip
     url = f"http://{host}:{port}"
     try:
         _wait(contender, process, url, engines.model, log)

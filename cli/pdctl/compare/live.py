@@ -9,7 +9,7 @@ from typing import Any
 from pdctl import deployment
 from pdctl.bench.measure import Client, Progress, measure
 from pdctl.bench.workload import Workload
-from pdctl.compare.contender import Contender, Say, standing
+from pdctl.compare.contender import Contender, Say, Standing, standing
 from pdctl.deployment import Deployment
 from pdctl.runs.run import Run
 from pdctl.runs.setting import Place
@@ -27,7 +27,7 @@ def fleet(name: str | None, prefill: int, decode: int, speed: float, say: Say) -
     target = LocalTarget(planned)
     say(f"starting {prefill} prefill and {decode} decode engines (simulated)")
     try:
-        target.start(180.0, lambda member, seconds: None)
+        target.start(180.0, lambda member, seconds: None, bound=True)
         yield LocalTarget.find(made)
     finally:
         target = LocalTarget.find(made)
@@ -89,15 +89,21 @@ def compare(
             place = place_of(contender, target, router.url, router.version)
             if not point.exists:
                 point.begin(about(contender, place))
-            before = router.cpu_seconds()
-            told = measure(
-                point, workload, place, repeat, replace(client, reset_caches=True), on_progress(contender, repeat)
-            )
-            told["pdctl"]["router"] = {
-                "cpu_seconds": router.cpu_seconds() - before,
-                "resident_mb": router.resident_mb(),
-                "version": router.version,
-            }
-            point.keep(repeat, told)
+            measure(
+                point, workload, place, repeat, replace(client, reset_caches=True), on_progress(contender, repeat),
+                _cost(router),
+            )  # fmt: skip
         if len(point.finished) == repeats:
             point.end("done")
+
+
+def _cost(router: Standing) -> Callable[[], dict[str, Any]]:
+    """Give what tells the cost of a router from now on."""
+    before = router.cpu_seconds()
+    return lambda: {
+        "router": {
+            "cpu_seconds": router.cpu_seconds() - before,
+            "resident_mb": router.resident_mb(),
+            "version": router.version,
+        }
+    }

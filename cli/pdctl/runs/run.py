@@ -59,9 +59,7 @@ class Run:
 
     def _save(self, about: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        new = self.folder / "run.json.new"
-        new.write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
-        os.replace(new, self.folder / "run.json")
+        _replace(self.folder / "run.json", orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
         self.__dict__.pop("about", None)
 
     @property
@@ -127,7 +125,7 @@ class Run:
 
     def keep(self, repeat: int, told: dict[str, Any]) -> None:
         """Write a repeat's figures."""
-        self.result_path(repeat).write_bytes(orjson.dumps(told))
+        _replace(self.result_path(repeat), orjson.dumps(told))
 
     @property
     def finished(self) -> set[int]:
@@ -158,6 +156,13 @@ class Run:
             self.workload, Outcome(records, duration), model=self.about["model"], simulated=self.simulated,
             slos=self.slos, gpus=self.about["fleet"]["gpus"], extra={"partial": True, "repeat": repeat} | extra,
         )  # fmt: skip
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a kill leaves the old or the new one, never half of it."""
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(content)
+    os.replace(new, path)
 
 
 def _ourselves() -> dict[str, Any]:

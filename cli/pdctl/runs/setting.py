@@ -15,6 +15,7 @@ import psutil
 from pdctl.errors import PdctlError
 from pdctl.targets import LocalTarget
 from pdctl.targets.target import Target
+from pdsim.engine.tokenizer import Tokenizer
 
 
 def machine() -> dict[str, Any]:
@@ -111,13 +112,17 @@ def described(url: str, model: str | None) -> Place:
                 f"{base}/v1/models does not tell a model: {error}",
                 "check that the server runs, or name the model by --model",
             ) from error
-        for key, path in (("version", "/version"), ("simulated", "/sim/state")):
+        for path in ("/version", "/tokenizer_info"):
             try:
                 answer = client.get(base + path)
-                if answer.status_code == 200 and key in answer.json():
-                    served[key] = answer.json()[key]
-            except (httpx.HTTPError, ValueError, TypeError):
+                said = answer.json() if answer.status_code == 200 else {}
+            except (httpx.HTTPError, ValueError):
                 continue
+            if "version" in said:
+                served["version"] = said["version"]
+            # a router passes this on: simulated engines are known by their tokenizer, whatever stands before them
+            if said.get("chat_template") == Tokenizer().chat_template:
+                served["simulated"] = True
     return Place(base, told, served=served)
 
 

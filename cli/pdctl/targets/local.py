@@ -197,8 +197,8 @@ class LocalTarget:
         """
         return cls(deployment.load(name))
 
-    def start(self, timeout: float, on_ready: Callable[[Member, float], None]) -> None:
-        """Start a planned deployment and wait until every part answers.
+    def start(self, timeout: float, on_ready: Callable[[Member, float], None], bound: bool = False) -> None:
+        """Start a planned deployment and wait until every part answers; one that is bound ends with this process.
 
         Raises:
             PdctlError: a part ended or did not answer in time; everything has been stopped again.
@@ -209,7 +209,7 @@ class LocalTarget:
         known.save()
         with known.log("supervisor").open("ab") as log:
             supervisor = subprocess.Popen(
-                [sys.executable, "-m", "pdctl.supervisor", known.name],
+                [sys.executable, "-m", "pdctl.supervisor", known.name, *([str(os.getpid())] if bound else [])],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         try:
