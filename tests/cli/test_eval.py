@@ -3,7 +3,7 @@
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def driver() -> Any:
     """Give the part of the driver that checks answers, without lm_eval."""
     source = (Path(traps.__file__).parent / "driver.py").read_text()
     begin, end = source.index("class TrapError"), source.index("class Progress")
-    names: dict[str, Any] = {"SAME_FROM": 8}
+    names: dict[str, Any] = {"SAME_FROM": 8, "Any": Any, "Sequence": Sequence}
     exec(source[begin:end].replace("tell(", "print("), names)
     return names
 

@@ -7,6 +7,7 @@ score of it. When standard input ends, its parent is gone, and so is it; what wa
 
 import asyncio
 import contextvars
+import functools
 import hashlib
 import json
 import logging
@@ -14,6 +15,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.openai_completions import LocalCompletionsAPI
@@ -22,19 +25,20 @@ from lm_eval.utils import check_remote_tokenizer_support, make_table
 
 TELL_SECONDS = 0.3
 SAME_FROM = 8  # so many tokens with one and the same log-probability are no model's answer
-_asked = contextvars.ContextVar("asked", default=None)
+_asked: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("asked", default=None)
+Prompt = list[int]
 
 
 class TrapError(BaseException):
     """An answer that lm_eval would take, and that cannot be right; no Exception, so that nothing asks again."""
 
 
-def tell(**fields):
+def tell(**fields: Any) -> None:
     """Tell the parent."""
     print(json.dumps(fields), flush=True)
 
 
-def check_logprobs(told, prompt):
+def check_logprobs(told: dict[str, Any] | None, prompt: Sequence[int]) -> None:
     """Check the log-probabilities of an echoed prompt and one token after it.
 
     Raises:
@@ -62,12 +66,12 @@ def check_logprobs(told, prompt):
 class Progress:
     """Counts answers and writes them down."""
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 lives as long as the process
         self.done = 0
         self.told = 0.0
 
-    def answered(self, **fields):
+    def answered(self, **fields: Any) -> None:
         """Write an answer down, and tell of it now and then."""
         self.file.write(json.dumps(fields) + "\n")
         self.file.flush()
@@ -80,59 +84,63 @@ class Progress:
 class Truncations(logging.Handler):
     """Notices that lm_eval cut a prompt to fit."""
 
-    def emit(self, record):
+    seen: str | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
         """Look at a line of the log."""
         if "truncat" in record.getMessage().lower() and "Using" not in record.getMessage():
             Truncations.seen = record.getMessage()
 
-    seen = None
 
-
-class Completions(LocalCompletionsAPI):
+class Completions(LocalCompletionsAPI):  # type: ignore[misc] # lm_eval is not in the environment of the checks
     """lm_eval's client with checks."""
 
-    progress = None
+    progress: Progress
 
-    def tok_encode(self, string, *args, **kwargs):
+    def tok_encode(self, string: Any, *args: Any, **kwargs: Any) -> Any:
         """Encode; a server's tokenizer is asked without special tokens, so the begin token is put before here."""
         ids = super().tok_encode(string, *args, **kwargs)
         if self.tokenizer_backend != "remote" or not self.add_bos_token:
             return ids
-        begin = self.tokenizer.bos_token_id
-        if isinstance(string, str):
-            return ids if begin is None else [begin, *ids]
-        return ids if begin is None else [[begin, *one] for one in ids]
+        return [*self._begin, *ids] if isinstance(string, str) else [[*self._begin, *one] for one in ids]
 
-    def _count(self, kind, requests):
+    @functools.cached_property
+    def _begin(self) -> Prompt:
+        begin = self.tokenizer.bos_token_id  # a request to the server each time
+        return [] if begin is None else [begin]
+
+    def _count(self, kind: str, requests: Sequence[Any]) -> None:
         if requests:
             tasks = sorted({one.task_name for one in requests})
             tell(requests=len(requests), request_type=kind, tasks=tasks)
 
-    def loglikelihood(self, requests, **kwargs):
+    def loglikelihood(self, requests: Sequence[Any], **kwargs: Any) -> Any:
         """Tell how many there are, and ask."""
         self._count("loglikelihood", requests)
         return super().loglikelihood(requests, **kwargs)
 
-    def generate_until(self, requests, **kwargs):
+    def generate_until(self, requests: Sequence[Any], **kwargs: Any) -> Any:
         """Tell how many there are, and ask."""
         self._count("generate_until", requests)
         return super().generate_until(requests, **kwargs)
 
-    def model_call(self, messages, **kwargs):
+    def model_call(self, messages: list[Any], **kwargs: Any) -> Any:
         """Remember what is asked."""
         _asked.set(messages)
         return super().model_call(messages, **kwargs)
 
-    async def amodel_call(self, session, sem, messages, **kwargs):
+    async def amodel_call(self, session: Any, sem: Any, messages: list[Any], **kwargs: Any) -> Any:
         """Remember what is asked."""
         _asked.set(messages)
         return await super().amodel_call(session, sem, messages, **kwargs)
 
     @staticmethod
-    def parse_logprobs(outputs, tokens=None, ctxlens=None, **kwargs):
+    def parse_logprobs(
+        outputs: Any, tokens: list[Prompt] | None = None, ctxlens: list[int] | None = None, **kwargs: Any
+    ) -> Any:
         """Check and keep the answer before lm_eval takes it."""
         outputs = outputs if isinstance(outputs, list) else [outputs]
-        for output, prompt, context in zip(outputs, tokens, ctxlens, strict=False):
+        for output, prompt, context in zip(outputs, tokens or (), ctxlens or (), strict=False):
             told = output["choices"][0].get("logprobs")
             check_logprobs(told, prompt)
             kept = told["token_logprobs"]
@@ -143,7 +151,7 @@ class Completions(LocalCompletionsAPI):
         return LocalCompletionsAPI.parse_logprobs(outputs, tokens=tokens, ctxlens=ctxlens, **kwargs)
 
     @staticmethod
-    def parse_generations(outputs, **kwargs):
+    def parse_generations(outputs: Any, **kwargs: Any) -> Any:
         """Keep the answer."""
         texts = LocalCompletionsAPI.parse_generations(outputs, **kwargs)
         asked = _asked.get() or [None] * len(texts)
@@ -156,12 +164,12 @@ class Completions(LocalCompletionsAPI):
         return texts
 
 
-def digest(prompt):
+def digest(prompt: Any) -> str:
     """Name a prompt."""
     return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:24]
 
 
-def tokenizer_of(orders):
+def tokenizer_of(orders: dict[str, Any]) -> dict[str, str]:
     """Find the tokenizer: the one that was named, the model's own, or the server's."""
     import transformers  # noqa: PLC0415 slow, and only for this
 
@@ -181,13 +189,13 @@ def tokenizer_of(orders):
     )
 
 
-def parent_gone():
+def parent_gone() -> None:
     """End when standard input does."""
     sys.stdin.read()
     os._exit(1)
 
 
-def main():
+def main() -> None:
     """Evaluate."""
     with open(sys.argv[1], encoding="utf-8") as file:
         orders = json.load(file)

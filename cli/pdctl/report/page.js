@@ -71,7 +71,13 @@
 
   select.addEventListener("change", () => draw(theme()));
   system.addEventListener("change", () => draw(theme()));
-  addEventListener("resize", () => draw(document.documentElement.dataset.theme));
+  let width = document.body.clientWidth;
+  addEventListener("resize", () => requestAnimationFrame(() => {
+    const now = document.body.clientWidth;
+    if (now === width || now < 150) return; // phones resize the window when their bars come and go; a sliver shows nothing
+    width = now;
+    draw(document.documentElement.dataset.theme);
+  }));
   addEventListener("beforeprint", () => draw("light"));
   addEventListener("afterprint", () => draw(theme()));
   draw(theme());
