@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-attack fuzz compiled chaos churn referee cluster e2e upstream-tests test-engines docs clean
+.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-client bench-attack fuzz compiled chaos churn validate policies referee cluster e2e upstream-tests test-engines docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,7 @@ $(STAMP): $(UV) uv.lock pyproject.toml cli/pyproject.toml router/pyproject.toml 
 
 tools: setup ## Programs that the tests of the charts call, into .tools: linked, or built with Go and kept for the next time
 	@bash scripts/tools.sh
+	@bash scripts/browser.sh
 
 charts: tools ## Write each chart's README and schema from the comments of its values, and the rendered deployment
 	@$(BIN)/python scripts/charts.py
@@ -50,11 +51,20 @@ fmt: setup ## Format the code and apply safe fixes
 bench: setup ## One simulated pair beside the measured figures of two H200 (5 minutes)
 	@$(BIN)/python bench/h200_pair.py
 
+validate: setup ## The virtual fleet beside the one in real time and the figures of two H200 (5 minutes on a quiet machine)
+	@VALIDATE_REQUESTS=$${VALIDATE_REQUESTS:-300} VALIDATE_SPEED=$${VALIDATE_SPEED:-0.5} VALIDATE_POLICIES=$${VALIDATE_POLICIES:-round_robin,least_tokens,pd_cost} $(BIN)/pytest -q -s --timeout=1800 tests/virtual/test_validation.py
+
+policies: setup ## Judge every policy on the conversation trace and made-up traffic: TRACE=conversation_trace.jsonl; writes docs/policies.md (an hour on one core; goes on where it was)
+	@$(BIN)/python scripts/policies.py $(TRACE)
+
 compiled: setup ## The router compiled by mypyc, in .build/router (half a minute)
 	@bash scripts/compiled_router.sh
 
 bench-router: setup ## CPU, latency and memory of the router beside vllm-router and nginx (10 minutes; REPORT=docs/performance.md writes the table there)
 	@$(BIN)/python bench/router/run.py $(if $(REPORT),--report $(REPORT))
+
+bench-client: setup ## The load generator beside the real vllm bench serve, and its cost a token (10 minutes; VLLM=PROGRAM)
+	@$(BIN)/python bench/client/agreement.py --vllm "$(VLLM)"
 
 bench-attack: setup ## What attacks cost other clients: p99 of ordinary requests without and with each (5 minutes; REPORT=docs/security.md writes the table there)
 	@$(BIN)/python bench/router/attack.py $(if $(REPORT),--report $(REPORT))

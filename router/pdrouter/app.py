@@ -5,9 +5,12 @@ import ctypes
 import gc
 import logging
 import resource
+import secrets
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
 
 import uvloop
 
@@ -27,6 +30,7 @@ from pdrouter.observe.decisions import Decisions
 from pdrouter.observe.described import Described
 from pdrouter.observe.log import RequestLog, set_up
 from pdrouter.observe.metrics import Metrics, Observer, State, page
+from pdrouter.observe.recorder import Recorder, RecorderError
 from pdrouter.observe.traces import Traces, TracesError
 from pdrouter.policies import POLICIES, READ_METRICS, Commons
 from pdrouter.server.admin import AdminRoutes
@@ -40,6 +44,8 @@ from pdrouter.workers import Siblings, Worker, Workers
 
 _log = logging.getLogger(__name__)
 _HEALTH_TIMEOUT = 3.0
+_SALT = secrets.token_bytes(16)  # of recordings; drawn before workers are forked, so that theirs fit together
+_BEGAN = perf_counter()
 _ADMIN_BODY = 65536
 _PR_SET_PDEATHSIG = 1
 
@@ -57,13 +63,15 @@ class Router:
         Raises:
             CertificateError: TLS is asked for and cannot be.
             TracesError: traces are asked for and cannot be.
+        RecorderError: a recording is asked for and cannot be.
+            RecorderError: a recording is asked for and cannot be.
             DiscoveryError: engines are to be found where they cannot be looked for.
         """
         loop = asyncio.get_running_loop()
         self._settings = settings
         self._loop = loop
         self.fleet = Fleet(loop)
-        commons = Commons(seed=settings.seed)
+        commons = Commons(seed=settings.seed, workers=worker.table.workers if worker is not None else 1)
         policies = {
             Role.PREFILL: POLICIES[settings.prefill_policy or settings.policy]("prefill", commons),
             Role.DECODE: POLICIES[settings.decode_policy or settings.policy]("decode", commons),
@@ -79,9 +87,11 @@ class Router:
             loop, settings.max_concurrent_requests, settings.queue_size, settings.queue_timeout_secs
         )
         decisions = Decisions(settings.debug_routing) if settings.debug_routing else None
+        self._recorder = _recorder(settings, worker)
         self._traces = Traces(settings.otel_endpoint) if settings.otel_endpoint else None
         self.desk = Desk(
-            loop, self.fleet, self.pool, policies, Observer(self.metrics, self._requests), decisions, self._traces,
+            loop, self.fleet, self.pool, policies, Observer(self.metrics, self._requests, self._recorder), decisions,
+            self._traces,
             self.admission, _rules(settings),
         )  # fmt: skip
         authorization = f"authorization: Bearer {settings.api_key}\r\n".encode() if settings.api_key else b""
@@ -93,7 +103,7 @@ class Router:
         if settings.tls_cert_file and settings.tls_key_file:
             self._certificate = Certificate(settings.tls_cert_file, settings.tls_key_file)
         routes = Routes(self.desk, settings, lambda: self.public.draining)
-        admin = AdminRoutes(self.fleet, self.desk.edges, decisions, self._tell)
+        admin = AdminRoutes(self.fleet, self.desk.edges, decisions, self._tell, self._recorder)
         self._siblings = Siblings(worker, self.metrics.state, admin.change) if worker is not None else None
         self.public = Listener(routes.handle, self._limits(), routes.refused, routes.unwelcome)
         self.scraped = Listener(MetricsRoutes(self._page).handle, Limits(body=0))
@@ -200,8 +210,17 @@ class Router:
         self.admission.deadlines.close()
         self.pool.close()
         self._requests.flush()
+        if self._recorder is not None:
+            self._recorder.close()
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
+
+
+def _recorder(settings: Settings, worker: Worker | None) -> Recorder | None:
+    if settings.record_dir is None:
+        return None
+    number = 0 if worker is None else worker.number
+    return Recorder(Path(settings.record_dir), settings.record_max_bytes // settings.workers, _SALT, number, _BEGAN)
 
 
 def _rules(settings: Settings) -> Rules:
@@ -249,7 +268,7 @@ def _serve(settings: Settings, worker: Worker | None = None) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         uvloop.run(serve(settings, worker))
-    except (ListenError, CertificateError, DiscoveryError, TracesError) as error:
+    except (ListenError, CertificateError, DiscoveryError, RecorderError, TracesError) as error:
         exit_with(str(error), 1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

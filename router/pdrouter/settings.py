@@ -61,6 +61,8 @@ class Settings:
     log_level: str = "info"
     log_format: Literal["text", "json"] = "text"
     debug_routing: int = 128
+    record_dir: str | None = None
+    record_max_bytes: int = 256 * 1024 * 1024
     otel_endpoint: str | None = None
     request_timeout_secs: float = 1800.0
     connect_timeout_secs: float = 3.0

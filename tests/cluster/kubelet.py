@@ -411,9 +411,10 @@ class Pod:
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
-        await self.api.call("DELETE", self.path, {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}})
+        # Before the pod: this task is cancelled as soon as the watch says that the pod is gone.
         for kind in ("logs", "portforwards"):
             await self.api.call("DELETE", f"{KWOK}/{self.namespace}/{kind}/{self.name}")
+        await self.api.call("DELETE", self.path, {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}})
 
     async def _end(self, phase: str) -> None:
         self.phase = phase
@@ -481,6 +482,7 @@ class Pod:
         ports = {port["containerPort"] for one in self.containers for port in one.spec.get("ports", ())}
         ports |= {29001}  # the router's admin port, which a chart does not declare
         forwards = [{"ports": [port], "target": {"address": self.address, "port": port}} for port in sorted(ports)]
+        owner = {"apiVersion": "v1", "kind": "Pod", "name": self.name, "uid": self.uid}
         for plural, kind, spec in (
             ("logs", "Logs", {"logs": logs}),
             ("portforwards", "PortForward", {"forwards": forwards}),
@@ -488,7 +490,7 @@ class Pod:
             body = {
                 "apiVersion": "kwok.x-k8s.io/v1alpha1",
                 "kind": kind,
-                "metadata": {"name": self.name, "namespace": self.namespace},
+                "metadata": {"name": self.name, "namespace": self.namespace, "ownerReferences": [owner]},
                 "spec": spec,
             }
             await self.api.call("POST", f"{KWOK}/{self.namespace}/{plural}", body)

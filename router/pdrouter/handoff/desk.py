@@ -20,7 +20,7 @@ from pdrouter.observe.metrics import Observer
 from pdrouter.observe.traces import Traces
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.generated import generated_text
-from pdrouter.policies import Bypassing, Learning, Policy, RoutingKey, Scoring
+from pdrouter.policies import Bypassing, Learning, Policy, RoutingKey, Scoring, Timed
 from pdrouter.upstream.errors import ConnectError, ExhaustedError, RouterFailureError, UpstreamError
 from pdrouter.upstream.pool import Call, Pool
 
@@ -66,8 +66,7 @@ class Desk:
     __slots__ = (
         "_bypassing", "_learning", "_reasons", "_scoring", "_typical", "admission", "chooses_late", "continues",
         "deadlines", "decisions", "decode_only", "edges", "fleet", "hedged", "hedging", "lease", "ledger", "loop",
-        "observer", "policies",
-        "pool", "queue_timeout", "release", "retries", "traces", "waiting",
+        "observer", "policies", "pool", "queue_timeout", "release", "retries", "times", "traces", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +98,7 @@ class Desk:
         self._learning = {role: policy for role, policy in policies.items() if isinstance(policy, Learning)}
         prefill, decode = policies[Role.PREFILL], policies[Role.DECODE]
         self._scoring = {role: policy for role, policy in policies.items() if isinstance(policy, Scoring)}
+        self.times = {role: policy for role, policy in policies.items() if isinstance(policy, Timed)}
         self.chooses_late = decode_by_load(policies[Role.DECODE])
         # One policy must have chosen both: it compares what it knows of the one engine with what it knows of the other.
         self._bypassing = decode if isinstance(decode, Bypassing) and type(prefill) is type(decode) else None

@@ -107,9 +107,9 @@ class Pair(Handoff):
 
     __slots__ = (
         "_alone", "_asked", "_bare", "_began", "_body", "_call", "_coming", "_coming_at", "_continued",
-        "_decode", "_desk", "_fruitless", "_headed", "_hedge", "_leg", "_path", "_paused", "_place", "_prefill",
-        "_record", "_refused", "_same", "_sink", "_stream", "_streams", "_ticket", "_way", "deadline", "passed",
-        "state",
+        "_decode", "_desk", "_first_at", "_fruitless", "_headed", "_hedge", "_lacking", "_leg", "_met", "_only",
+        "_path", "_paused", "_place", "_prefill", "_record", "_refused", "_same", "_sink", "_stream", "_streams",
+        "_ticket", "_way", "deadline", "passed", "state",
     )  # fmt: skip
 
     def __init__(
@@ -156,7 +156,9 @@ class Pair(Handoff):
         self._headed = False
         self._continued = False
         self._refused: list[Engine] = []
-        self._began = 0.0
+        self._began = self._first_at = 0.0
+        self._only = False
+        self._lacking = self._met = 0
         self._coming = 0
         self._coming_at: Engine | None = None
 
@@ -235,7 +237,8 @@ class Pair(Handoff):
         desk, engine = self._desk, leg.engine
         request = way.request(engine, prefill_leg(self._body))
         tokens = self._asked.tokens
-        queued = desk.routed(Role.PREFILL, self._asked, engine)
+        queued = self._lacking = desk.routed(Role.PREFILL, self._asked, engine)
+        self._only = not engine.in_flight
         return desk.pool.call(engine, request, leg, held=tokens, queued=queued, whole=True)
 
     def expired(self, deadlines: Deadlines) -> None:
@@ -252,6 +255,7 @@ class Pair(Handoff):
         self._record.retries += 1
         leg, way = PrefillLeg(self, other), self._way.twin()
         self._hedge = Asking(leg, self._prefill_call(leg, way), way)
+        self._only = False
 
     def _turn_to(self, engine: Engine) -> None:
         """Of two prefill legs make an engine's the one that counts."""
@@ -341,6 +345,9 @@ class Pair(Handoff):
             desk.hedging.stop(self)
         record.ticket_at = now
         desk.fleet.succeeded(engine)
+        times = desk.times.get(Role.PREFILL)
+        if times is not None and self._only:
+            times.prefilled(self._lacking, now - self._began)
         self._ticket = ticket
         desk.issued(ticket, self._asked.tokens)
         decode = self._decode
@@ -416,7 +423,7 @@ class Pair(Handoff):
             self._call = desk.greet(decode, Greeting(self, decode))
             return
         ticket.handed = True
-        desk.routed(Role.DECODE, self._asked, decode)
+        self._lacking = desk.routed(Role.DECODE, self._asked, decode)
         self._send_decode(decode, decode_leg(self._bare, ticket.params, self._tells_ids()), ticket, 0)
 
     def greeted(self, engine: Engine) -> None:
@@ -480,7 +487,13 @@ class Pair(Handoff):
             # Of an answer in one piece nothing is heard before it is complete, so its time is not the handoff's.
             took = self._desk.loop.time() - ticket.received if self._streams else None
             self._desk.edges.worked(ticket.prefill, engine, took)
+            if took is not None:
+                times = self._desk.times.get(Role.DECODE)
+                if times is not None:
+                    times.handed_over(self._lacking, took)
         self._fruitless = 0
+        self._first_at = perf_counter()
+        self._met = engine.held_tokens
         if not self._headed:
             self._headed = True
             self._sink.head(status, headers)
@@ -494,6 +507,13 @@ class Pair(Handoff):
         self.state = State.SETTLED
         self._call = None
         self._count()
+        times = self._desk.times.get(Role.DECODE)
+        stream = self._stream
+        if times is not None and stream is not None and not self._continued:
+            held = (self._met + engine.held_tokens) / 2
+            times.generated(held, stream.generated, perf_counter() - self._first_at)
+        if stream is not None:
+            self._record.generated = stream.generated
         self._desk.waiting.wake()
         self._sink.end()
         if answer is not None:

@@ -18,6 +18,7 @@ from pdrouter.observe import described
 from pdrouter.observe.described import Described
 from pdrouter.observe.log import RequestLog
 from pdrouter.observe.record import Record
+from pdrouter.observe.recorder import Recorder
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LAST: Final = 15  # the bucket of all that took longer
@@ -203,9 +204,10 @@ def page(states: Sequence[State]) -> bytes:
 class Observer:
     """Takes finished requests to metrics, traces and log."""
 
-    def __init__(self, metrics: Metrics, log: RequestLog) -> None:
+    def __init__(self, metrics: Metrics, log: RequestLog, recorder: Recorder | None = None) -> None:
         self._metrics = metrics
         self._log = log
+        self.recorder = recorder
 
     def finished(self, record: Record) -> None:
         """Count and log a finished request, end its span."""
@@ -214,3 +216,5 @@ class Observer:
         if record.span is not None:
             record.span.ended(record)
         self._log.write(record, ended)
+        if self.recorder is not None:
+            self.recorder.note(record, ended)

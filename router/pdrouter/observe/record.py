@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pdrouter.observe.traces import RequestSpan
+    from pdrouter.openai.features import Prompt
 
 
 class Record:
     """Filled while a request is served, read once at its end. Times are `perf_counter` seconds.
 
     `generation` tells requests for text from those for anything else; only they count as pairs. `retries` counts tries
-    with other engines after the first, `continued` those of them that went on with a stream.
+    with other engines after the first, `continued` those of them that went on with a stream. `generated` counts tokens
+    of streams that the router follows, `asked` is the prompt of a request that is to be recorded.
     """
 
     __slots__ = (
-        "completion_tokens", "continued", "decode", "decode_sent_at", "error_leg", "error_reason", "first_byte_at",
-        "generation",
+        "asked", "completion_tokens", "continued", "decode", "decode_sent_at", "error_leg", "error_reason",
+        "first_byte_at", "generated", "generation",
         "path", "prefill", "prefill_seconds", "prefill_sent_at", "prompt_tokens", "reason", "request_id",
         "retries", "span", "started", "status", "ticket_at",
     )  # fmt: skip
@@ -40,6 +42,8 @@ class Record:
         self.completion_tokens: int | None = None
         self.retries = 0
         self.continued = 0
+        self.generated = 0
+        self.asked: Prompt | None = None
         self.error_leg: str | None = None
         self.error_reason: str | None = None
         self.span: RequestSpan | None = None

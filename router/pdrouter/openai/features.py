@@ -8,6 +8,7 @@ from zlib import crc32
 
 import orjson
 
+from pdrouter.policies.block_chain import BlockChain, block_chain
 from pdrouter.policies.routing_key import RoutingKey
 
 BYTES_PER_TOKEN = 4  # of English text with Llama 3.1's tokenizer: 4.2 to 4.5
@@ -38,7 +39,7 @@ def _messages(messages: Any) -> Iterable[bytes]:
 class Prompt:
     """A request as policies see it."""
 
-    __slots__ = ("_body", "_prefix", "_tokens", "key", "session")
+    __slots__ = ("_body", "_chain", "_prefix", "_tokens", "key", "session")
 
     def __init__(self, key: RoutingKey, body: Mapping[str, Any], session: str | None = None) -> None:
         """Prepare.
@@ -52,6 +53,7 @@ class Prompt:
         self.session = session
         self._body = body
         self._prefix: bytes | None = None
+        self._chain: BlockChain | None = None
         self._tokens = -1
 
     @property
@@ -86,6 +88,13 @@ class Prompt:
             except (TypeError, OverflowError):
                 return _part(prompt)
         return _part(prompt)
+
+    @property
+    def chain(self) -> BlockChain:
+        """The prompt as blocks."""
+        if self._chain is None:
+            self._chain = block_chain(self.prefix)
+        return self._chain
 
     @property
     def tokens(self) -> int:

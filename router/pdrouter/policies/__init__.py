@@ -14,6 +14,7 @@ from pdrouter.policies.choice import (
     PolicyFactory,
     RoleName,
     Scoring,
+    Timed,
 )
 from pdrouter.policies.consistent_hash import ConsistentHash
 from pdrouter.policies.kv_aware import KvAware
@@ -21,6 +22,7 @@ from pdrouter.policies.least_tokens import LeastTokens
 from pdrouter.policies.llmd import LlmdDefault, LlmdPdGuide, LlmdPdSample
 from pdrouter.policies.pd_cost import PdCost
 from pdrouter.policies.power_of_two import PowerOfTwo
+from pdrouter.policies.prefix_index import PrefixIndex
 from pdrouter.policies.random_choice import RandomChoice
 from pdrouter.policies.rendezvous_hash import RendezvousHash
 from pdrouter.policies.round_robin import RoundRobin
@@ -39,7 +41,7 @@ POLICIES: dict[str, PolicyFactory] = {
     "cache_aware": _factory(lambda _, commons: CacheAware(commons.clock)),
     "chwbl": _factory(lambda _, __: BoundedHash()),
     "consistent_hash": _factory(lambda _, __: ConsistentHash()),
-    "kv_aware": _factory(lambda role, commons: KvAware(role, commons.clock)),
+    "kv_aware": _factory(lambda role, commons: KvAware(role, commons.clock, index=PrefixIndex(commons.block_tokens))),
     "least_tokens": _factory(lambda role, commons: LeastTokens(role, commons.draw())),
     "llmd_default": _factory(LlmdDefault),
     "llmd_pd_guide": _factory(LlmdPdGuide),
@@ -71,4 +73,5 @@ __all__ = [
     "RoundRobin",
     "RoutingKey",
     "Scoring",
+    "Timed",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
+from pdrouter.policies.block_chain import BLOCK_TOKENS, BlockChain
 from pdrouter.policies.routing_key import RoutingKey
 
 RoleName = Literal["prefill", "decode"]
@@ -21,6 +22,10 @@ class Features(Protocol):
     @property
     def prefix(self) -> bytes:
         """The prompt as bytes: requests whose prompts begin alike have equal beginnings here."""
+
+    @property
+    def chain(self) -> BlockChain:
+        """The prompt as blocks: prompts that begin alike have equal numbers there."""
 
     @property
     def tokens(self) -> int:
@@ -121,6 +126,20 @@ class Learning(Protocol):
 
 
 @runtime_checkable
+class Timed(Protocol):
+    """A policy that learns what work takes. Times are seconds."""
+
+    def prefilled(self, uncached: int, seconds: float) -> None:
+        """A prefill engine that had nothing else to do when it came computed so many tokens of a prompt."""
+
+    def handed_over(self, uncached: int, seconds: float) -> None:
+        """A decode engine that lacked so many tokens of a prompt gave its first token so long after the ticket."""
+
+    def generated(self, held: float, tokens: int, seconds: float) -> None:
+        """An answer took so long from its first to its last token, on an engine that held so many tokens meanwhile."""
+
+
+@runtime_checkable
 class Bypassing(Protocol):
     """A policy that can tell when a prompt is better computed where its answer is generated."""
 
@@ -136,11 +155,15 @@ class Commons:
         seed: makes random choices repeat; None draws afresh at each start.
         clock: seconds from any beginning, for what expires.
         shared: by a policy's name, what its two roles share (llm-d keeps one prefix index for both).
+        block_tokens: tokens of a full block in `Features.chain`.
+        workers: processes of the router, each of which has policies of its own.
     """
 
     seed: int | None = None
     clock: Callable[[], float] = time.monotonic
     shared: dict[str, object] = field(default_factory=dict)
+    block_tokens: int = BLOCK_TOKENS
+    workers: int = 1
 
     def draw(self) -> random.Random:
         """Give a source of random numbers of its own to a policy."""

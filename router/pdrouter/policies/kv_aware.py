@@ -38,6 +38,7 @@ class KvAware:
         role: RoleName,
         clock: Callable[[], float] = time.monotonic,
         ttl: float | None = None,
+        index: PrefixIndex | None = None,
     ) -> None:
         """Prepare.
 
@@ -45,13 +46,14 @@ class KvAware:
             role: whose engines are chosen from.
             clock: seconds from any beginning.
             ttl: seconds that a session keeps its decode engine; None (vllm-router's default) keeps none.
+            index: what prefill engines hold.
         """
         self._prefill = role == "prefill"
         self._clock = clock
         self._ttl = ttl
         self._turn = 0
         self._sessions: OrderedDict[str, tuple[str, float]] = OrderedDict()
-        self.index = PrefixIndex()
+        self.index = index or PrefixIndex()
 
     def choose(self, request: Features, candidates: Sequence[C]) -> C:
         """Give the engine with the least work or the fewest requests."""
@@ -118,7 +120,7 @@ class KvAware:
     def routed(self, request: Features, candidate: Candidate) -> None:
         """Record that a prefill engine holds the prompt."""
         if self._prefill:
-            self.index.held(request.prefix, candidate)
+            self.index.held(request.chain, candidate)
 
     def answered(self, request: Features, candidate: Candidate, generated: bytes) -> None:
         """Record that a prefill engine that also answered holds its answer."""

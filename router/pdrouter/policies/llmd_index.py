@@ -19,7 +19,7 @@ Memory: about 170 bytes a block and engine; 31,250 blocks (llm-d's default) take
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
-from pdrouter.policies.block_chain import BLOCK_TOKENS, block_chain
+from pdrouter.policies.block_chain import BLOCK_TOKENS, BlockChain
 from pdrouter.policies.choice import Candidate, Commons, Features
 
 DEFAULT_BLOCKS = 31_250  # lruCapacityPerServer
@@ -29,36 +29,36 @@ ENGINE_BLOCK_TOKENS = 16  # vLLM's default block size, by which an engine's KV c
 class LlmdIndex:
     """The blocks of all engines of both roles."""
 
-    def __init__(self, most_tokens: int) -> None:
+    def __init__(self, most_tokens: int, block_tokens: int = BLOCK_TOKENS) -> None:
         """Prepare.
 
         Args:
             most_tokens: how much of a prompt is looked at (`maxPrefixTokensToMatch`).
+            block_tokens: tokens of a full block in the chains of requests.
         """
-        self._most_blocks = most_tokens // BLOCK_TOKENS
+        self._most_blocks = most_tokens // block_tokens
+        self._block_tokens = block_tokens
         self._held: dict[str, OrderedDict[int, None]] = {}
         # Engines are bits, so that a block's engines are one number and equal sets are counted at once.
         self._bits: dict[str, int] = {}
         self._engines: dict[int, int] = {}
         # One request is asked about several times in a row: to choose, to count and to record.
-        self._last: tuple[bytes, list[int]] = (b"", [])
+        self._last: BlockChain | None = None
         self._matched: dict[int, int] | None = None  # of the last chain, until the index changes
 
     @classmethod
     def of(cls, commons: Commons, name: str, most_tokens: int) -> "LlmdIndex":
         """Give the index that both roles of a router share under a policy's name."""
-        index = commons.shared.setdefault(name, cls(most_tokens))
+        index = commons.shared.setdefault(name, cls(most_tokens, commons.block_tokens))
         assert isinstance(index, cls)
         return index
 
     def _chain(self, request: Features) -> list[int]:
-        prefix = request.prefix
-        last, chain = self._last
-        if last is not prefix:
-            chain = block_chain(prefix, self._most_blocks, rest=True)
-            self._last = prefix, chain
+        chain = request.chain
+        if self._last is not chain:
+            self._last = chain
             self._matched = None
-        return chain
+        return chain.numbers if len(chain.numbers) <= self._most_blocks else chain.numbers[: self._most_blocks]
 
     def matches(self, request: Features, candidates: Sequence[Candidate]) -> tuple[list[int], int]:
         """Give how many of the prompt's blocks each engine is thought to have, and how many there are."""
@@ -86,11 +86,12 @@ class LlmdIndex:
         """Give how many of the prompt's tokens each engine is thought to have to compute."""
         found, _ = self.matches(request, candidates)
         tokens = request.tokens
-        return [max(0, tokens - match * BLOCK_TOKENS) for match in found]
+        return [max(0, tokens - match * self._block_tokens) for match in found]
 
     def capacity(self, candidate: Candidate) -> int:
         """Give how many blocks are kept of an engine (flaw 1)."""
-        return candidate.kv_tokens // ENGINE_BLOCK_TOKENS if candidate.kv_tokens > 0 else DEFAULT_BLOCKS
+        blocks = candidate.kv_tokens // ENGINE_BLOCK_TOKENS if candidate.kv_tokens > 0 else DEFAULT_BLOCKS
+        return blocks * BLOCK_TOKENS // self._block_tokens
 
     def held(self, request: Features, candidate: Candidate) -> None:
         """Record that the engine has the prompt's blocks."""

@@ -12,6 +12,7 @@ from pdrouter.fleet.fleet import Fleet
 from pdrouter.handoff.edges import Edges
 from pdrouter.handoff.failure import JSON_HEADERS
 from pdrouter.observe.decisions import Decisions
+from pdrouter.observe.recorder import Recorder
 from pdrouter.openai.errors import error_body
 from pdrouter.server.request import ClientRequest
 from pdrouter.settings import SettingsError, checked_worker
@@ -50,7 +51,7 @@ class AdminRoutes:
 
     def __init__(
         self, fleet: Fleet, edges: Edges, decisions: Decisions | None,
-        tell: Callable[[str, dict[str, Any]], None] | None = None,
+        tell: Callable[[str, dict[str, Any]], None] | None = None, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         """Prepare.
 
@@ -59,17 +60,22 @@ class AdminRoutes:
             edges: what `/debug/edges` shows.
             decisions: what `/debug/routing` shows, or None when nothing is kept.
             tell: passes a change on to the router's other processes.
+            recorder: writes the trace of finished requests, or None.
         """
         self._fleet = fleet
         self._edges = edges
         self._decisions = decisions
         self._tell = tell
+        self._recorder = recorder
         self._paths: dict[bytes, tuple[bytes, Callable[[ClientRequest], object]]] = {
             b"/list_workers": (b"GET", self._list_workers),
             b"/add_worker": (b"POST", self._add_worker),
             b"/remove_worker": (b"POST", self._remove_worker),
             b"/debug/routing": (b"GET", self._routing),
             b"/debug/edges": (b"GET", self._ways),
+            b"/record": (b"GET", self._recorded),
+            b"/record/start": (b"POST", self._record),
+            b"/record/stop": (b"POST", self._record),
         }
 
     def handle(self, request: ClientRequest) -> None:
@@ -140,6 +146,33 @@ class AdminRoutes:
         if self._decisions is None:
             raise AdminError("Decisions are not kept; start the router with --debug-routing 128.")
         return {"decisions": list(self._decisions.shown())}
+
+    def _recording(self) -> Recorder:
+        if self._recorder is None:
+            raise AdminError("Nothing is recorded; start the router with --record-dir DIR.")
+        return self._recorder
+
+    def _record(self, request: ClientRequest) -> object:
+        recorder = self._recording()
+        try:
+            if request.target.partition(b"?")[0] == b"/record/start":
+                recorder.start()
+            else:
+                recorder.stop()
+        except OSError as error:
+            raise AdminError(f"The folder of --record-dir cannot be written: {error.strerror}.") from None
+        return {"recording": recorder.running}
+
+    def _recorded(self, request: ClientRequest) -> object:
+        """Tell the files, or a piece of one: `?file=NAME&offset=BYTES`."""
+        recorder = self._recording()
+        asked = parse_qs(request.target.partition(b"?")[2].decode("latin-1"))
+        if "file" not in asked:
+            return {"recording": recorder.running, "files": recorder.files()}
+        try:
+            return {"text": recorder.piece(asked["file"][-1], max(0, int(asked.get("offset", ["0"])[-1])))}
+        except (KeyError, ValueError, OSError):
+            raise AdminError("There is no such file; GET /record tells which there are.") from None
 
     def _ways(self, request: ClientRequest) -> object:
         return {"edges": [

@@ -148,7 +148,10 @@ class Routes:
             relay = Relay(desk, request, record)
             way = Way(b"POST", request.target, told, record.request_id, record.span)
             deadline = self._deadline(request, relay)
-            relay.begin(Pair(desk, way, path, asked.body, asked.bare, Prompt(key, asked.body), record, relay, deadline))
+            prompt = Prompt(key, asked.body)
+            if desk.observer.recorder is not None:
+                record.asked = prompt
+            relay.begin(Pair(desk, way, path, asked.body, asked.bare, prompt, record, relay, deadline))
 
     def _deadline(self, request: ClientRequest, delivery: Delivery) -> float:
         """Note how long the client wants to wait; give the loop time at which that is over."""

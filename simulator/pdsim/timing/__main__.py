@@ -17,6 +17,9 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     source = measured(name)["provenance"]
+    if "derived" in source:
+        print(f"{name}: {source['hardware']}; {source['derived']}")
+        return 0
     print(f"{name}: {source['hardware']}; vLLM {source['vllm']}; NIXL {source['nixl']}; {source['date']}")
     print(f"{'point':<20} {'measured':>18} {'model':>10} {'unit':<6} {'error':>7}")
     off = 0

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
+
+PROFILES = ("h200", "h100")  # the second is derived from the first, as its file tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,16 @@ class Profile:
             seconds += self.context_base + self.context_pair * context_pairs
         return seconds
 
+    def decode_run(self, sequences: int, context: int) -> tuple[float, float]:
+        """Give the time of a step that only decodes, and by how much each later one is longer while nobody joins.
+
+        `k` such steps in a row take `k * first + growth * k * (k - 1) / 2`, the sum of `step_seconds` over them: each
+        makes the context longer by a token for each sequence.
+        """
+        first = self.decode_base + self.decode_per_context_token * context
+        first += (self.decode_per_sequence + self.decode_per_sequence_squared * sequences) * sequences
+        return first, self.decode_per_context_token * sequences
+
     def frontend_seconds(self, prompt_tokens: int) -> float:
         """Give the time from the arrival of a prompt of token ids to its being in the scheduler's queue."""
         return self.frontend_base + self.frontend_per_token * prompt_tokens
@@ -128,19 +141,25 @@ class Profile:
 def _known() -> dict[str, Profile]:
     folder = files("pdsim.timing")
     found = {}
-    for name in ("h200",):
+    for name in PROFILES:
         told = json.loads((folder / f"{name}.json").read_text())
         found[name] = Profile(name=name, **told["model"])
     return found
 
 
 def load_profile(name: str) -> Profile:
-    """Give a profile by name.
+    """Give a profile by name, or out of a file that `pdctl calibrate` wrote.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or the file has none.
     """
+    known = _known().get(name)
+    if known is not None:
+        return known
+    path = Path(name)
+    if path.suffix != ".json":
+        raise ValueError(f"no timing profile {name!r}; known: {', '.join(_known())}, or a file NAME.json")
     try:
-        return _known()[name]
-    except KeyError:
-        raise ValueError(f"no timing profile {name!r}; known: {', '.join(_known())}") from None
+        return Profile(name=path.stem, **json.loads(path.read_text())["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{name} has no timing profile: {error}") from None

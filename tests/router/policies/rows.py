@@ -1,8 +1,10 @@
 """Requests and engines as policies see them, with every figure at hand."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from pdrouter.policies import RoutingKey
+from pdrouter.policies.block_chain import BlockChain, block_chain
 
 
 @dataclass(eq=False)
@@ -30,6 +32,10 @@ class Ask:
 
     def __post_init__(self) -> None:
         self.key = RoutingKey(self.text, "")
+
+    @cached_property
+    def chain(self) -> BlockChain:
+        return block_chain(self.prefix)
 
     @property
     def tokens(self) -> int:

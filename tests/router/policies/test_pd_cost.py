@@ -1,10 +1,12 @@
 """Choices by predicted time."""
 
+from random import Random
+
 import pytest
 
 from pdrouter.policies import Commons
 from pdrouter.policies.pd_cost import Costs, PdCost
-from router.policies.rows import Ask, blocks, rows
+from router.policies.rows import Ask, Clock, blocks, rows
 
 
 def both() -> tuple[PdCost, PdCost]:
@@ -12,30 +14,43 @@ def both() -> tuple[PdCost, PdCost]:
     return PdCost.of("prefill", commons), PdCost.of("decode", commons)
 
 
-def test_prefill_prefers_a_cached_engine_until_its_queue_costs_more():
+def test_prefill_prefers_a_cached_engine_until_its_queue_costs_more_than_computing_again_costs_everybody():
     prefill, _ = both()
     fleet, request = rows({}, {}), Ask(blocks(16))
     prefill.routed(request, fleet[0])
-    fleet[0].queued_tokens = 1000
-    assert prefill.choose(request, fleet) is fleet[0], "1000 + 1 tokens against 1024"
+    fleet[0].queued_tokens = 1022
+    assert prefill.choose(request, fleet) is fleet[0], "1022 + 1 tokens against 1024"
     fleet[0].queued_tokens = 1024
+    assert prefill.choose(request, fleet) is fleet[1]
+    fleet[1].queued_tokens = 1
+    for _ in range(500):
+        prefill.choose(Ask(b"x" * 400), fleet)
+    assert prefill.learned.dearness > 5, "all engines are always busy"
+    fleet[0].queued_tokens = 5 * 1023
+    assert prefill.choose(request, fleet) is fleet[0]
+    fleet[0].queued_tokens = 20 * 1024
     assert prefill.choose(request, fleet) is fleet[1]
 
 
-def test_prefill_predicts_the_first_token_from_queue_rate_and_transfer():
+def test_prefill_predicts_the_wait_from_queue_and_rate():
     prefill, _ = both()
     fleet = rows({"queued_tokens": 40_915})
-    assert prefill.scores(Ask(b"x" * 4000), fleet) == pytest.approx([-(1.0 + 1000 / 40_915 + 0.0179 + 1000 * 1.97e-6)])
+    assert prefill.scores(Ask(b"x" * 4000), fleet) == pytest.approx([-(1.0 + 1000 / 40_915)])
 
 
-def test_decode_predicts_the_time_between_tokens_that_was_measured():
-    _, decode = both()
+def test_the_costs_predict_the_times_between_tokens_that_were_measured():
+    costs = Costs()
     for context, requests, measured in ((1000, 1, 4.89), (1000, 128, 10.6), (4000, 64, 13.2), (16_000, 32, 19.9)):
-        # The request itself is one of those; what it has to fetch is not part of the measurement.
-        request = Ask(b"x" * 4 * (context + 130), max_tokens=10**9)
-        fleet = rows({"in_flight": requests - 1, "held_tokens": (context + 130) * (requests - 1)})
-        fetched = Costs().handoff_per_token * request.tokens / Costs().expected_output
-        assert (-decode.scores(request, fleet)[0] - fetched) * 1000 == pytest.approx(measured, rel=0.05)
+        held = (context + 130) * requests
+        seconds = costs.itl_base + costs.itl_per_request * requests + costs.itl_per_token * held
+        assert seconds * 1000 == pytest.approx(measured, rel=0.05)
+
+
+def test_a_long_prompt_goes_where_few_are_delayed_by_it_and_a_short_one_where_little_is_read():
+    _, decode = both()
+    fleet = rows({"in_flight": 4, "held_tokens": 100_000}, {"in_flight": 30, "held_tokens": 60_000})
+    assert decode.choose(Ask(b"x" * 4 * 60_000), fleet) is fleet[0]
+    assert decode.choose(Ask(b"x" * 400), fleet) is fleet[1]
 
 
 def test_decode_prefers_little_held_kv_to_few_requests():
@@ -55,7 +70,7 @@ def test_a_conversation_returns_to_its_decode_engine_while_loads_are_about_even(
     assert decode.uncached(turn, fleet[0]) < 64, "the answer is held too"
     fleet[0].in_flight, fleet[0].held_tokens = 3, 3500
     assert decode.choose(turn, fleet) is fleet[0]
-    fleet[0].in_flight = 30
+    fleet[0].in_flight, fleet[0].held_tokens = 300, 600_000
     assert decode.choose(turn, fleet) is fleet[1]
 
 
@@ -90,14 +105,14 @@ def test_prefill_is_bypassed_when_decode_holds_the_prompt():
     for asked in (0, 1):
         policies = both()
         policy, decode_policy = policies[asked], policies[1]
-        prefill, decode = rows({}, {"in_flight": 100})
+        prefill, decode = rows({}, {"in_flight": 20})
         request = Ask(blocks(32))
         assert not policy.bypass(request, prefill, decode)
         decode_policy.routed(request, decode)
         assert policy.bypass(request, prefill, decode)
         assert policy.bypass(Ask(request.prefix + b"?" * 40), prefill, decode)
         assert not policy.bypass(Ask(request.prefix + b"?" * 8000), prefill, decode), (
-            "2000 tokens would stall 100 answers"
+            "2000 tokens would stall 20 answers"
         )
 
 
@@ -113,3 +128,50 @@ def test_one_of_a_fleet_of_equals_with_fewest_requests_is_taken():
     prefill, _ = both()
     fleet = rows({"in_flight": 2}, {"in_flight": 1}, {"in_flight": 2})
     assert prefill.choose(Ask(b"x" * 400), fleet) is fleet[1]
+
+
+def test_prompts_that_decode_computes_make_answers_longer_by_a_share_only():
+    clock = Clock()
+    policy = PdCost.of("decode", Commons(seed=0, clock=clock))
+    prefill, decode = rows({"queued_tokens": 10**8}, {"in_flight": 20})
+    costs, request = Costs(), Ask(b"x" * 4 * 10_000)
+    waiting = 20 * 10_000 / costs.prefill_rate
+    while policy.bypass(request, prefill, decode):
+        assert policy.learned.saved >= 0
+    assert policy.learned.saved < waiting
+    policy.learned.saved = 0.0
+    for seconds, enough in ((0.98, False), (0.04, True)):
+        clock.now += seconds * waiting / (costs.bypass_share * 20)
+        policy.choose(Ask(b"y"), (decode,))
+        assert policy.bypass(request, prefill, decode) is enough
+    idle = rows({})[0]
+    assert policy.bypass(request, prefill, idle), "nobody waits there"
+
+
+def test_decode_alone_is_for_what_prefill_would_not_soon_have_again():
+    policy, other = both()
+    prefill, decode = rows({}, {})
+    known, asked = Ask(blocks(64)), Ask(blocks(64) + b"?" * 8000)
+    for one, engine in ((policy, prefill), (other, decode)):
+        one.routed(known, engine)
+    assert not policy.bypass(asked, prefill, decode), "both lack the same 2000 tokens"
+    policy.gone(prefill)
+    assert policy.bypass(asked, prefill, decode)
+
+
+def test_costs_are_learned_from_what_work_took():
+    prefill, decode = both()
+    draw = Random(0)
+    for _ in range(3000):
+        tokens, held = draw.randrange(100, 20_000), draw.randrange(400_000)
+        prefill.prefilled(tokens, 0.03 + tokens / 20_000)
+        decode.handed_over(tokens, 0.05 + tokens * 5e-6)
+        decode.generated(held, 401, 400 * (0.012 + held * 6e-8))
+    learned = prefill.learned
+    assert learned is decode.learned
+    assert learned.prefill.slope == pytest.approx(1 / 20_000, rel=0.1)
+    assert learned.handoff.base == pytest.approx(0.05, rel=0.1)
+    assert learned.handoff.slope == pytest.approx(5e-6, rel=0.2)
+    assert learned.itl.base == pytest.approx(0.012, rel=0.1)
+    assert learned.itl.slope == pytest.approx(6e-8, rel=0.1)
+    assert learned.output == pytest.approx(401, rel=0.01)

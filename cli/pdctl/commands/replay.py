@@ -1,0 +1,177 @@
+"""`pdctl replay`: what other policies, splits, sizes and loads would have made of a trace."""
+
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.table import Table
+
+from pdctl.commands.options import Json
+from pdctl.commands.virtual import (
+    Gpu,
+    Jobs,
+    KvTokens,
+    LinkGbps,
+    Part,
+    Rate,
+    Requests,
+    Seeds,
+    SloItl,
+    SloTtft,
+    Text,
+    numbers,
+    parts,
+    simulated,
+    splits,
+    told_source,
+)
+from pdctl.console import out, print_json
+from pdctl.errors import ExitCode, PdctlError
+from pdrouter.policies import POLICIES
+from pdsim.virtual.figures import Interval, Slo, over_seeds, ratio
+from pdsim.virtual.fleet import Setup
+from pdsim.virtual.judge import Case, Source
+
+COMPARED = {"ttft_mean": "mean TTFT", "ttft_p99": "p99 TTFT", "itl_mean": "mean ITL", "goodput": "goodput"}
+
+
+def replay(
+    trace: Annotated[
+        str, typer.Argument(help="A file (Mooncake or Bailian JSONL, BurstGPT or Azure CSV) or synthetic:SHAPE.")
+    ],
+    policy: Annotated[str, typer.Option(help="Policies, with commas, or `all`; PREFILL/DECODE for a pair of two.")] = (
+        "llmd_pd_guide,pd_cost"
+    ),
+    split: Annotated[str, typer.Option(help="Prefill and decode engines, as 8:8,6:10.")] = "8:8",
+    speed: Annotated[str, typer.Option(help="How many times quicker than recorded, as 1,4,6.")] = "1",
+    baseline: Annotated[
+        str | None, typer.Option(help="Policy to compare with.", show_default="the first of --policy")
+    ] = None,
+    seeds: Seeds = 3,
+    part: Part = "0:1",
+    sessions: Annotated[bool, typer.Option(help="Let requests name a session, taken from their content.")] = False,
+    rate: Rate = 20.0,
+    requests: Requests = 4000,
+    kv_tokens: KvTokens = 0,
+    gpu: Gpu = "h200",
+    link_gbps: LinkGbps = 0.0,
+    text: Text = False,
+    slo_ttft: SloTtft = 2.0,
+    slo_itl: SloItl = 0.025,
+    jobs: Jobs = 1,
+    output: Annotated[Path | None, typer.Option(help="Where all figures of all seeds go, as JSON.")] = None,
+    json: Json = False,
+) -> None:
+    """Serve a trace by simulated fleets with other policies, splits and loads, and compare.
+
+    All figures are simulated, in virtual time, by the timing model of the simulated engines.
+    """
+    names = list(POLICIES) if policy == "all" else [name.strip() for name in policy.split(",")]
+    for name in {part for pair in [*names, *([baseline] if baseline else [])] for part in pair.split("/")}:
+        if name not in POLICIES:
+            raise PdctlError(f"no policy {name!r}", f"choose of: {', '.join(POLICIES)}", ExitCode.USAGE)
+    if baseline is not None and baseline not in names:
+        names.insert(0, baseline)
+    against = baseline or names[0]
+    source = told_source(trace, parts(part), sessions, rate, requests)
+    slo = Slo(slo_ttft, slo_itl)
+    settings = list(product(splits(split), numbers(speed, "--speed"), names))
+    cases = [
+        Case(_setup(one, gpu, kv_tokens, text, link_gbps), source, seed, slo)
+        for one in settings
+        for seed in range(seeds)
+    ]
+    figures = simulated(cases, jobs)
+    found = {one: figures[at * seeds : (at + 1) * seeds] for at, one in enumerate(settings)}
+    told = _told(found, against, source, seeds, slo)
+    if output is not None:
+        runs = [{"split": f"{p}:{d}", "speed": s, "policy": n, "runs": runs} for ((p, d), s, n), runs in found.items()]
+        output.write_bytes(orjson.dumps(told | {"runs": runs}, option=orjson.OPT_INDENT_2))
+    if json:
+        print_json(told)
+        return
+    _show(told, seeds)
+
+
+Setting = tuple[tuple[int, int], float, str]
+
+
+def _setup(one: Setting, gpu: str, kv_tokens: int, text: bool, link_gbps: float) -> Setup:
+    (prefill, decode), speed, name = one
+    first, _, second = name.partition("/")
+    return Setup(
+        prefill=prefill, decode=decode, prefill_policy=first, decode_policy=second, speed=speed, gpu=gpu,
+        kv_tokens=kv_tokens, text=text, link=link_gbps * 1e9 / 8,
+    )  # fmt: skip
+
+
+def _told(
+    found: dict[Setting, list[dict[str, float]]], against: str, source: Source, seeds: int, slo: Slo
+) -> dict[str, Any]:
+    rows = []
+    for (split, speed, name), runs in found.items():
+        base = found[(split, speed, against)]
+        row: dict[str, Any] = {"split": f"{split[0]}:{split[1]}", "speed": speed, "policy": name}
+        row["figures"] = {key: _interval(value) for key, value in over_seeds(runs).items()}
+        if name != against:
+            row["ratios"] = {key: _interval(ratio(runs, base, key)) for key in COMPARED if all(b[key] for b in base)}
+        rows.append(row)
+    return {
+        "simulated": True,
+        "trace": source.name,
+        "part": source.part,
+        "seeds": seeds,
+        "slo": {"ttft": slo.ttft, "itl": slo.itl},
+        "baseline": against,
+        "rows": rows,
+    }
+
+
+def _interval(one: Interval) -> dict[str, float]:
+    return {"mean": one.mean, "half": one.half}
+
+
+def _show(told: dict[str, Any], seeds: int) -> None:
+    out.print(
+        f"[bold]SIMULATED[/]: {told['trace']}, {seeds} seed{'s' * (seeds > 1)}; ± are 95 % intervals over seeds",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("engines", "speed", "policy"):
+        table.add_column(name)
+    for name in ("TTFT mean s", "p50 s", "p99 s", "ITL mean ms", "p99 ms", "good/s", "hit %", "moved TB"):
+        table.add_column(name, justify="right")
+    for row in told["rows"]:
+        table.add_row(row["split"], f"{row['speed']:g}x", row["policy"], *cells(row["figures"]))
+    out.print(table)
+    for row in told["rows"]:
+        if "ratios" in row:
+            out.print(_sentence(row, told["baseline"]), soft_wrap=True)
+
+
+def cells(figures: dict[str, dict[str, float]]) -> list[str]:
+    """Write the figures of a row, with intervals where there are several seeds."""
+
+    def cell(name: str, scale: float, digits: int) -> str:
+        one = figures[name]
+        half = "" if one["half"] != one["half"] else f" ±{one['half'] * scale:.{digits}f}"
+        return f"{one['mean'] * scale:.{digits}f}{half}"
+
+    return [
+        cell("ttft_mean", 1, 3), cell("ttft_p50", 1, 3), cell("ttft_p99", 1, 2), cell("itl_mean", 1e3, 2),
+        cell("itl_p99", 1e3, 2), cell("goodput", 1, 2), cell("hit_share", 100, 1), cell("moved_bytes", 1e-12, 2),
+    ]  # fmt: skip
+
+
+def _sentence(row: dict[str, Any], baseline: str) -> str:
+    said = []
+    for key, name in COMPARED.items():
+        one = row["ratios"].get(key)
+        if one is not None:
+            change = (one["mean"] - 1) * 100
+            half = "" if one["half"] != one["half"] else f" (±{one['half'] * 100:.0f})"
+            said.append(f"{name} {change:+.0f} %{half}")
+    where = f"{row['split']} at {row['speed']:g}x"
+    return f"{where}: {row['policy']} instead of {baseline} would have changed {', '.join(said)}"

@@ -1,0 +1,1 @@
+"""The simulated fleet in virtual time, driving the router's own policies."""
