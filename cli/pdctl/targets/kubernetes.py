@@ -160,11 +160,6 @@ class KubernetesTarget:
         snapshot = self._observer.last
         return [line for finding in self.diagnose(snapshot) for line in finding_lines(finding, snapshot)]
 
-    @property
-    def last_lines(self) -> dict[str, str]:
-        """The newest log line of each pod that is starting."""
-        return self._observer.last_lines
-
     # reaching pods
 
     async def _ready_router(self) -> str | None:
