@@ -1,5 +1,10 @@
 """`python -m pdctl`."""
 
-from pdctl.app import main
+import sys
+
+try:
+    from pdctl.app import main
+except KeyboardInterrupt:  # while everything is loaded: half a second
+    sys.exit(130)
 
 main()

@@ -40,8 +40,8 @@ def make_namespace(pdctl: Pdctl, **labels: str) -> None:
 
 
 @contextlib.contextmanager
-def silent_server() -> Iterator[int]:
-    """Give the port of a server that takes connections and never answers."""
+def silent_server() -> Iterator[tuple[int, list[socket.socket]]]:
+    """Give the port of a server that takes connections and never answers, and the connections."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         held: list[socket.socket] = []
 
@@ -51,7 +51,7 @@ def silent_server() -> Iterator[int]:
                     held.append(server.accept()[0])
 
         threading.Thread(target=take, daemon=True).start()
-        yield server.getsockname()[1]
+        yield server.getsockname()[1], held
         server.shutdown(socket.SHUT_RDWR)
         for one in held:
             one.close()
@@ -62,7 +62,7 @@ def webhook(pdctl: Pdctl, resource: str, group: str, policy: str, seconds: int) 
     """Have the API ask a server that never answers, before it takes objects of a kind in the namespace."""
     name = f"hook-{pdctl.namespace}"
     path = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"
-    with silent_server() as port:
+    with silent_server() as (port, _):
         hook = {
             "name": "slow.pdctl.test", "failurePolicy": policy, "timeoutSeconds": seconds, "sideEffects": "None",
             "admissionReviewVersions": ["v1"],
@@ -238,10 +238,10 @@ def test_another_cluster_than_the_deployments_is_refused(pdctl: Pdctl) -> None:
 
 def test_ctrl_c_says_at_every_stage_what_still_runs(pdctl: Pdctl) -> None:
     values = pdctl.values(**pdctl.fault("start-seconds", "30"))
-    with silent_server() as port:
+    with silent_server() as (port, asked):
         checking = pdctl.start("deploy", *pdctl.deployment("--set", "engines.model.name=some/model", values=values),
                                HF_ENDPOINT=f"http://127.0.0.1:{port}")  # fmt: skip
-        time.sleep(3)  # the checks wait 5 s for the hub
+        pdctl.until(lambda: asked, "the checks ask the hub, which they wait 5 s for")
         checking.interrupt()
         checking.end().says(130, "interrupted; nothing was changed")
     assert pdctl.plane.api.get(f"/api/v1/namespaces/{pdctl.namespace}").status_code == 404

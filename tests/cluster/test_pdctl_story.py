@@ -107,8 +107,14 @@ def test_the_whole_life_of_a_deployment_costs_no_request_and_leaves_nothing(pdct
     result = json.loads((pdctl.folder / "load.json").read_text())
     assert result["failed"] == 0, result["pdctl"]["errors"]
     assert result["completed"] > 50
+    follow = pdctl.start("logs", "router", "--follow", "--tail", "1")
+    follow.until("router-")
+    pdctl.run("rollout", "--restart", "router").says(0, "ready ")
+    follow.until(" listening=")  # of the new router
+    follow.interrupt()
+    follow.end().says(130)
     answer = httpx.post(url.removesuffix("/v1") + CHAT, json=chat, timeout=60, trust_env=False)
-    assert answer.status_code == 200, "the port-forward works on"
+    assert answer.status_code == 200, "the port-forward has found the new router"
     forward.interrupt()
     forward.end()
     pdctl.run("logs", "router", "--tail", "5", "--since", "10m", "--grep", "decode=http").says(0, "router-")

@@ -2,7 +2,7 @@
 
 import asyncio
 import heapq
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from pdctl.cluster import paths
@@ -54,7 +54,7 @@ async def read(cluster: Cluster, namespace: str, query: LogQuery) -> list[tuple[
     return [(member, line) for _, member, line in heapq.merge(*found)]
 
 
-async def stream(cluster: Cluster, namespace: str, query: LogQuery) -> AsyncIterator[tuple[str, str]]:
+async def stream(cluster: Cluster, namespace: str, query: LogQuery) -> AsyncGenerator[tuple[str, str], None]:
     """Give lines as they come, also of pods and restarted containers that come later; without end."""
     queue: asyncio.Queue[tuple[str, str]] = asyncio.Queue(10_000)
     following: dict[tuple[str, int], asyncio.Task[None]] = {}

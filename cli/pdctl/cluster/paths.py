@@ -1,6 +1,5 @@
 """Where objects are in the API."""
 
-PODS, SECRETS, EVENTS = "pods", "secrets", "events"
 NODES = "/api/v1/nodes"
 NAMESPACES = "/api/v1/namespaces"
 

@@ -80,12 +80,7 @@ def _screen(target: Target, parts: list[Health]) -> RenderableType:
             "-" if part.uptime_seconds is None else span(part.uptime_seconds), *_load(part),
         ]  # fmt: skip
         table.add_row(*row, *([] if here else [str(part.restarts or "")]))
-    return Group(head, table, *_troubles(target))
-
-
-def _troubles(target: Target) -> list[Text]:
-    diagnosis = getattr(target, "troubles", None)
-    return diagnosis() if diagnosis is not None else []
+    return Group(head, table, *target.troubles())
 
 
 def _load(part: Health) -> tuple[str, str, str, str]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Self, TypeVar
@@ -79,14 +79,21 @@ class KubernetesTarget:
         self.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do work in the loop's thread; a Ctrl-C here ends it there, for which `close` would wait otherwise."""
+
         async def run() -> T:
             return await work
 
-        return self._portal.call(run)
+        future = self._portal.start_task_soon(run)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
 
     @contextlib.contextmanager
-    def _ahead(self, items: AsyncIterator[T]) -> Iterator[Iterator[T]]:
-        """Give what an asynchronous iterator gives, in this thread."""
+    def _ahead(self, items: AsyncGenerator[T, None]) -> Iterator[Iterator[T]]:
+        """Give what an asynchronous generator gives, in this thread."""
 
         async def following() -> list[T]:
             try:
@@ -95,10 +102,13 @@ class KubernetesTarget:
                 return []
 
         def each() -> Iterator[T]:
-            while found := self._portal.call(following):
+            while found := self._run(following()):
                 yield found[0]
 
-        yield each()
+        try:
+            yield each()
+        finally:
+            self._portal.call(items.aclose)
 
     # what it consists of
 
@@ -170,11 +180,6 @@ class KubernetesTarget:
         """Say why pods are not ready, for the screen of `status`."""
         snapshot = self._observer.last
         return [line for finding in self.diagnose(snapshot) for line in finding_lines(finding, snapshot)]
-
-    @property
-    def last_lines(self) -> dict[str, str]:
-        """The newest log line of each pod that is starting."""
-        return self._observer.last_lines
 
     # reaching pods
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import psutil
+from rich.text import Text
 
 from pdctl import deployment
 from pdctl.check import Check, Mark
@@ -269,6 +270,10 @@ class LocalTarget:
         except (httpx.HTTPError, ValueError):
             details, state = {}, "not answering"
         return Health(member.name, member.role, member.url, member.pid, state, uptime, details)
+
+    def troubles(self) -> list[Text]:
+        """A process's state says it all."""
+        return []
 
     def routing(self) -> Routing:
         """Tell who served whom."""

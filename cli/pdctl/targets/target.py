@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from rich.text import Text
+
 from pdctl.check import Check
 
 
@@ -123,6 +125,9 @@ class Target(Protocol):
 
     def health(self) -> list[Health]:
         """Tell how each part is."""
+
+    def troubles(self) -> list[Text]:
+        """Say why parts are not ready, as of the last look at them; lines for a screen."""
 
     def routing(self) -> Routing:
         """Tell who served whom."""
