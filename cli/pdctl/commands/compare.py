@@ -237,11 +237,13 @@ def _show(told: Comparison, json: bool) -> None:
 
 def _side_by_side(base: str, other: str, effect: str | None, found: list[Difference]) -> None:
     """Print two runs beside each other, and what alone differs between them."""
-    out.print(f"\n[bold]{other}[/] beside [bold]{base}[/]" + (f"  [dim]{effect}[/]" if effect else ""), soft_wrap=True)
+    out.print(f"\n[bold]{base}[/] → [bold]{other}[/]", soft_wrap=True)
+    if effect:
+        out.print(effect, style="dim", soft_wrap=True)
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("")
-    for column in (base, other, "change (95 %)"):
-        table.add_column(column, justify="right", overflow="fold")
+    for column in ("before", "after", "change (95 %)"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
     for one in found:
         row = (title(one.metric), f"{one.base:.2f}", f"{one.other:.2f}", one.told(), _verdict(one.verdict))
