@@ -4,6 +4,7 @@ set -euo pipefail
 name=demo
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 folder=$(mktemp -d)
+export XDG_DATA_HOME=$folder # runs of the demo go with it
 cleanup() {
   status=$?
   pdctl cleanup --name "$name" -y >/dev/null 2>&1 || true

@@ -57,4 +57,5 @@ def test_both_load_generators_measure_real_engines(
     (folder,) = runs_of(shell).iterdir()
     records = Run(folder).records()
     assert len(records) == 6
-    assert all(len(record.itls) == 7 and record.ttft > 0 for record in records)
+    # an engine that is behind puts two tokens into one event
+    assert all(0 < len(record.itls) <= 7 and record.ttft > 0 for record in records)

@@ -101,14 +101,14 @@ class Connection(asyncio.Protocol):
         self._answer: Answer | None = None
 
     async def post(
-        self, body: bytes, *, abort_after: int | None = None, session: str | None = None, answer: Answer | None = None
+        self, body: bytes, *, abort_after: int | None = None, key: str = "", answer: Answer | None = None
     ) -> Record:
         """Send a request and give its record; failures are in it.
 
         Args:
             body: JSON.
             abort_after: events after which the connection is closed.
-            session: routing key, sent as `x-session-id`.
+            key: a header line that routers take as a routing key, such as `x-session-id: a`.
             answer: filled with what is generated; costs time for each token.
         """
         loop = asyncio.get_running_loop()
@@ -121,7 +121,7 @@ class Connection(asyncio.Protocol):
         self._done = loop.create_future()
         self._rest = self._tail = b""
         self._abort_after, self._answer = abort_after or 0, answer
-        head = self._head + (f"x-session-id: {session}\r\n" if session else "")
+        head = self._head + (f"{key}\r\n" if key else "")
         self._record = record = Record(perf_counter())
         self._last = record.start
         self._transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)

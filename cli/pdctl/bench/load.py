@@ -165,6 +165,12 @@ class Load:
                     self.strain.late.append(max(0.0, perf_counter() - due))
                 group.create_task(one(talk, body, due))
 
+    def _key(self, one: Request) -> str:
+        """Give a request's routing key: its conversation's, else its own id, as `vllm bench serve` sends it."""
+        if one.conversation is not None:
+            return f"x-session-id: conversation-{one.conversation}"
+        return f"x-request-id: bench-{self.share.workload.seed}-{one.number}"
+
     async def _talk(self, talk: list[Request], body: bytes, due: float) -> None:
         """Send the turns one after the other; each repeats all before it, answers included."""
         several = len(talk) > 1
@@ -175,8 +181,7 @@ class Load:
                 due = perf_counter()
                 body = self.share.body(spoken, one.output_tokens)
             answer = Answer() if several else None
-            session = None if one.conversation is None else f"conversation-{one.conversation}"
-            record = await self._post(body, abort_after=one.abort_after, session=session, answer=answer)
+            record = await self._post(body, abort_after=one.abort_after, key=self._key(one), answer=answer)
             record.number, record.conversation, record.turn = one.number, one.conversation, one.turn
             record.queued = max(0.0, record.start - due)
             self.on_done(record)

@@ -19,7 +19,7 @@ from pdctl.commands.loads import client_of, slos_of, workload_of
 from pdctl.commands.options import Json
 from pdctl.commands.progress import counted
 from pdctl.compare.contender import Contender, contenders
-from pdctl.compare.difference import check_alike
+from pdctl.compare.difference import Difference, check_alike
 from pdctl.compare.live import compare as take_turns
 from pdctl.compare.live import fleet
 from pdctl.compare.told import Comparison, comparison, title
@@ -223,27 +223,32 @@ def _show(told: Comparison, json: bool) -> None:
     what = "SIMULATED engines, modelled on H200" if kinds == {True} else "measured" if kinds == {False} else None
     out.print(f"[bold]{what or '[yellow]SIMULATED beside measured[/]'}[/]: {told.runs[0].workload.title()}",
               soft_wrap=True)  # fmt: skip
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("")
-    for number, run in enumerate(told.runs):
-        table.add_column(f"{name_of(run)}{'' if number else ' (base)'}", justify="right", overflow="fold")
-        if number:
-            table.add_column("change (95 %)", justify="right")
-            table.add_column("")
-    for metric in told.figures[0]:
-        row = [title(metric), told.figures[0][metric].text()]
-        for figures, found in zip(told.figures[1:], told.others, strict=True):
-            one = next((one for one in found if one.metric == metric), None)
-            row += [figures[metric].text() if metric in figures else "", one.told() if one else ""]
-            row.append(_verdict(one.verdict) if one else "")
-        table.add_row(*row)
-    out.print(table)
-    for effect in told.effects if len(told.runs) > 2 else ():
-        out.print(f"[bold]{effect.title}[/]", soft_wrap=True)
-        for one in effect.differences:
-            out.print(f"  {title(one.metric):<34} {one.told():<32} {_verdict(one.verdict)}")
+    names = {run.name: name_of(run) for run in told.runs}
+    base = told.runs[0].name
+    titles = {(effect.base, effect.other): effect.title for effect in told.effects}
+    for run, found in zip(told.runs[1:], told.others, strict=True):
+        _side_by_side(names[base], names[run.name], titles.get((base, run.name)), found)
+    for effect in told.effects:
+        if effect.base != base:  # those of the base were just shown
+            _side_by_side(names[effect.base], names[effect.other], effect.title, effect.differences)
     if any(one.verdict == "one run each" for found in told.others for one in found):
         out.print("One run each cannot tell a difference from noise; measure with --repeats 3 or more.")
+
+
+def _side_by_side(base: str, other: str, effect: str | None, found: list[Difference]) -> None:
+    """Print two runs beside each other, and what alone differs between them."""
+    out.print(f"\n[bold]{base}[/] → [bold]{other}[/]", soft_wrap=True)
+    if effect:
+        out.print(effect, style="dim", soft_wrap=True)
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("")
+    for column in ("before", "after", "change (95 %)"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for one in found:
+        row = (title(one.metric), f"{one.base:.2f}", f"{one.other:.2f}", one.told(), _verdict(one.verdict))
+        table.add_row(*row)
+    out.print(table)
 
 
 def name_of(run: Run) -> str:

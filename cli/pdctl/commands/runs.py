@@ -34,7 +34,7 @@ def ls(json: Json = False) -> None:
         return
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for title in ("RUN", "STATE", "ENGINES", "WHAT"):
-        table.add_column(title, overflow="fold")
+        table.add_column(title, overflow="fold", no_wrap=title == "RUN")
     for title in ("TOK/S", "TTFT P50 MS", "ITL P50 MS"):
         table.add_column(title, justify="right")
     for run in kept:

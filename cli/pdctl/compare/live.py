@@ -13,7 +13,7 @@ from pdctl.compare.contender import Contender, Say, Standing, standing
 from pdctl.deployment import Deployment
 from pdctl.runs.run import Run
 from pdctl.runs.setting import Place
-from pdctl.targets.local import LocalTarget, Wish, plan
+from pdctl.targets.local import LocalTarget, Wish, free, plan
 
 
 @contextmanager
@@ -23,7 +23,9 @@ def fleet(name: str | None, prefill: int, decode: int, speed: float, say: Say) -
         yield LocalTarget.find(name)
         return
     made = f"compare-{os.getpid()}"
-    planned = plan(Wish(made, prefill, decode, "meta-llama/Llama-3.1-8B-Instruct", speed, 1, "round_robin", None))
+    # far from the default ports: another deployment may come up in the same seconds
+    port = next(port for port in range(12000 + os.getpid() % 5000, 20000) if free("127.0.0.1", port))
+    planned = plan(Wish(made, prefill, decode, "meta-llama/Llama-3.1-8B-Instruct", speed, 1, "round_robin", port))
     target = LocalTarget(planned)
     say(f"starting {prefill} prefill and {decode} decode engines (simulated)")
     try:
