@@ -13,7 +13,7 @@ from pdrouter.observe import described
 from pdsim.referee.app import cases_markdown
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-COMMANDS = ("deploy", "status", "logs", "routing", "bench", "cleanup")
+COMMANDS = ("deploy", "status", "logs", "routing", "bench", "record", "replay", "plan", "tune", "calibrate", "cleanup")
 CALLS = [
     ["pdctl"], *(["pdctl", command] for command in COMMANDS), ["pdrouter"], ["pdsim.engine"],
     ["pdsim.referee"],
