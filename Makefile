@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-attack fuzz compiled chaos churn validate policies referee upstream-tests test-engines docs clean
+.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-attack fuzz compiled chaos churn validate policies referee cluster e2e upstream-tests test-engines docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,12 @@ chaos: setup ## Five minutes of faults under load, every text compared (CHAOS_SE
 
 churn: compiled ## A day's coming and going of engines, clients and workers in ten minutes: does anything leak?
 	@$(BIN)/python bench/router/churn.py
+
+cluster: setup tools ## A real Kubernetes control plane with fake GPU nodes, to try things by hand, until Ctrl-C (needs root; REAL=1 for real kubelets)
+	@PYTHONPATH=tests $(BIN)/python -m cluster $(if $(REAL),--real)
+
+e2e: setup tools ## The charts on two real kubelets: deploy, chat, load, faults, rollouts, cleanup (5 minutes; needs root and Debian 12)
+	@$(BIN)/pytest -rs tests/cluster/test_real_nodes.py
 
 referee: setup ## Judge the router and others by pd-referee; writes docs/referee.md (10 minutes; ROUTERS="ours toy" for some)
 	@$(BIN)/python scripts/referee.py $(ROUTERS)

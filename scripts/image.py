@@ -1,16 +1,18 @@
 """Assemble the router's image where no container engine runs, look through it, start it.
 
-    image.py build FILE.tar            assemble it as an archive that containerd and Docker import
+    image.py build FILE.tar            assemble it as an archive that containerd and Docker import;
+                                       with --of simulator that of the simulated engines
     image.py unpack FILE.tar FOLDER    lay out its root file system and its configuration
     image.py check FOLDER              say what does not belong into it; status 1 when there is something
     image.py run FOLDER ARG…           start its entry point as its user, with a root file system that it cannot write
 
-What is in the image is read from router/Dockerfile: the entry point, user, variables and labels of its last stage, and
-the folder that scripts/router_layer.sh fills. The base image consists of Debian 12's packages; the same are fetched
-by apt-get, which neither installs them nor needs root.
+What is in an image is read from its Dockerfile: the entry point, user, variables and labels of the last stage, and the
+folder that scripts/router_layer.sh (simulator_layer.sh) fills. The base image consists of Debian 12's packages; the
+same are fetched by apt-get, which neither installs them nor needs root.
 """
 
 import argparse
+import functools
 import hashlib
 import io
 import json
@@ -28,10 +30,9 @@ import tempfile
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
-DOCKERFILE = ROOT / "router/Dockerfile"
 PYTHON = "python3.11"
 TRUSTED = "/etc/ssl/certs/ca-certificates.crt"
-NAME = "localhost/pd-router:{version}"
+IMAGES = ("router", "simulator")
 
 BASE_PACKAGES = (
     "base-files netbase tzdata ca-certificates "
@@ -54,9 +55,9 @@ class ImageError(Exception):
     """The image cannot be made or started here; the message says why and what to do."""
 
 
-def last_stage() -> dict[str, Any]:
-    """Give the image's configuration as the last stage of the Dockerfile says it."""
-    text = re.sub(r"\\\n", " ", DOCKERFILE.read_text())
+def last_stage(of: str) -> dict[str, Any]:
+    """Give an image's configuration as the last stage of its Dockerfile says it."""
+    text = re.sub(r"\\\n", " ", (ROOT / of / "Dockerfile").read_text())
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     start = max(number for number, line in enumerate(lines) if line.startswith("FROM "))
     path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -75,16 +76,17 @@ def last_stage() -> dict[str, Any]:
             told["ExposedPorts"] = {f"{port}/tcp": {} for port in rest.split()}
         elif word == "ENTRYPOINT":
             told["Entrypoint"] = json.loads(rest)
-        elif line != "COPY --from=build /opt/pd-router /opt/pd-router":
-            raise ImageError(f"{DOCKERFILE.name} has an instruction that scripts/image.py does not know: {line}")
-    return told
+        elif line != f"COPY --from=build /opt/pd-{of} /opt/pd-{of}":
+            raise ImageError(f"{of}/Dockerfile has an instruction that scripts/image.py does not know: {line}")
+    by_name = {one.partition("=")[0]: one for one in told["Env"]}
+    return told | {"Env": list(by_name.values())}
 
 
-def version() -> str:
-    """Give the router's version."""
-    found = re.search(r'^version = "(.+)"', (ROOT / "router/pyproject.toml").read_text(), re.MULTILINE)
+def tag(of: str) -> str:
+    """Give the name of an image, with the version as its tag."""
+    found = re.search(r'^version = "(.+)"', (ROOT / of / "pyproject.toml").read_text(), re.MULTILINE)
     assert found
-    return found[1]
+    return f"localhost/pd-{of}:{found[1]}"
 
 
 def cache() -> pathlib.Path:
@@ -154,8 +156,8 @@ def base(into: pathlib.Path) -> None:
     (into / "tmp").chmod(0o1777)
 
 
-def application(into: pathlib.Path) -> None:
-    """Copy the router's folder, built anew when what it is made of has changed.
+def application(of: str, into: pathlib.Path) -> None:
+    """Copy the folder of the router or the simulator, built anew when what it is made of has changed.
 
     Raises:
         ImageError: it cannot be built.
@@ -163,25 +165,26 @@ def application(into: pathlib.Path) -> None:
     python = shutil.which(PYTHON, path="/usr/bin") or shutil.which(PYTHON)
     if python is None:
         raise ImageError(f"there is no {PYTHON}, the image's Python; install it with its headers (Debian: python3-dev)")
+    script = ROOT / f"scripts/{of}_layer.sh"
     digest = hashlib.sha256()
-    sources = [*sorted((ROOT / "router").rglob("*.py")), *sorted((ROOT / "router").rglob("*.json"))]
-    for path in (*sources, ROOT / "router/pyproject.toml", ROOT / "scripts/router_layer.sh"):
+    sources = [path for path in sorted((ROOT / of).rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    for path in (*sources, script):
         digest.update(path.read_bytes())
-    exported = ("export", "--quiet", "--frozen", "--package", "pd-router", "--no-emit-workspace", "--no-dev")
+    exported = ("export", "--quiet", "--frozen", "--package", f"pd-{of}", "--no-emit-workspace", "--no-dev")
     digest.update(run(ROOT / ".venv/bin/uv", *exported, cwd=ROOT).encode())
-    built = cache() / f"router-{digest.hexdigest()[:16]}-{platform.machine()}"
+    built = cache() / f"{of}-{digest.hexdigest()[:16]}-{platform.machine()}"
     if not built.exists():
-        print("image: building the router (a minute)", file=sys.stderr)
-        work = pathlib.Path(tempfile.mkdtemp(prefix=".router-", dir=cache()))
+        print(f"image: building the {of} (a minute)", file=sys.stderr)
+        work = pathlib.Path(tempfile.mkdtemp(prefix=f".{of}-", dir=cache()))
         try:
-            run("bash", ROOT / "scripts/router_layer.sh", work / "layer", python)
+            run("bash", script, work / "layer", python)
             (work / "layer").rename(built)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(built, into / "opt/pd-router", symlinks=True)
+    shutil.copytree(built, into / f"opt/pd-{of}", symlinks=True)
 
 
-def _layer(folder: pathlib.Path) -> bytes:
+def layer(folder: pathlib.Path) -> bytes:
     """Pack a folder so that the same files give the same bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
@@ -200,31 +203,35 @@ def _layer(folder: pathlib.Path) -> bytes:
     return buffer.getvalue()
 
 
-def build(target: pathlib.Path) -> None:
-    """Assemble the image into an archive.
+def build(target: pathlib.Path, of: str = "router") -> None:
+    """Assemble an image into an archive.
 
     Raises:
         ImageError: it cannot be done here.
     """
-    config = last_stage()
-    layers = []
-    for fill in (base, application):
+    layers = {}
+    for made_by, fill in (("Debian packages", base), (f"scripts/{of}_layer.sh", functools.partial(application, of))):
         with tempfile.TemporaryDirectory() as folder:
             fill(pathlib.Path(folder))
-            layers.append(_layer(pathlib.Path(folder)))
-    diffs = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]
+            layers[made_by] = layer(pathlib.Path(folder))
+    pack(target, tag(of), last_stage(of), layers)
+
+
+def pack(target: pathlib.Path, named: str, config: dict[str, Any], layers: dict[str, bytes]) -> None:
+    """Write an archive of an image from its layers, each a tar file, by what made them."""
+    diffs = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers.values()]
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
     image = json.dumps({
         "architecture": machine, "os": "linux", "created": "1970-01-01T00:00:00Z", "config": config,
         "rootfs": {"type": "layers", "diff_ids": diffs},
-        "history": [{"created_by": what} for what in ("Debian packages", "scripts/router_layer.sh")],
+        "history": [{"created_by": made_by} for made_by in layers],
     }, sort_keys=True).encode()  # fmt: skip
     config_name = hashlib.sha256(image).hexdigest() + ".json"
     names = [f"{diff.removeprefix('sha256:')}/layer.tar" for diff in diffs]
-    manifest = [{"Config": config_name, "RepoTags": [NAME.format(version=version())], "Layers": names}]
+    manifest = [{"Config": config_name, "RepoTags": [named], "Layers": names}]
     files = {
         config_name: image,
-        **dict(zip(names, layers, strict=True)),
+        **dict(zip(names, layers.values(), strict=True)),
         "manifest.json": json.dumps(manifest).encode(),
     }
     with tarfile.open(target, "w") as archive:
@@ -321,7 +328,9 @@ def main() -> int:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(description="The router's image, without a container engine.")
     commands = parser.add_subparsers(dest="what", required=True)
-    commands.add_parser("build").add_argument("archive", type=pathlib.Path)
+    building = commands.add_parser("build")
+    building.add_argument("--of", choices=IMAGES, default=IMAGES[0])
+    building.add_argument("archive", type=pathlib.Path)
     unpacking = commands.add_parser("unpack")
     unpacking.add_argument("archive", type=pathlib.Path)
     unpacking.add_argument("folder", type=pathlib.Path)
@@ -335,7 +344,7 @@ def main() -> int:
     told = parser.parse_args()
     try:
         if told.what == "build":
-            build(told.archive)
+            build(told.archive, told.of)
         elif told.what == "unpack":
             unpack(told.archive, told.folder)
         elif told.what == "run":

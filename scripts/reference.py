@@ -13,7 +13,10 @@ from pdrouter.observe import described
 from pdsim.referee.app import cases_markdown
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-COMMANDS = ("deploy", "status", "logs", "routing", "bench", "record", "replay", "plan", "tune", "calibrate", "cleanup")
+COMMANDS = (
+    "deploy", "status", "top", "logs", "metrics", "routing", "doctor", "bench", "port-forward", "scale", "rollout",
+    "render", "diff", "record", "replay", "plan", "tune", "calibrate", "cleanup",
+)  # fmt: skip
 CALLS = [
     ["pdctl"], *(["pdctl", command] for command in COMMANDS), ["pdrouter"], ["pdsim.engine"],
     ["pdsim.referee"],

@@ -1,8 +1,10 @@
 """Where output goes: data to stdout, progress and errors to stderr."""
 
 import sys
+from typing import Any
 
 import orjson
+import yaml
 from rich.console import Console
 from rich.text import Text
 
@@ -17,6 +19,37 @@ err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() el
 def print_json(data: object) -> None:
     """Print data as JSON on stdout."""
     print(orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode())
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as such."""
+
+
+def _text(dumper: yaml.SafeDumper, told: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", told, style="|" if "\n" in told else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def yaml_text(*documents: Any) -> str:
+    """Write data as YAML, a document each."""
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=WIDE, allow_unicode=True)
+
+
+def print_data(data: Any, wanted: str) -> None:
+    """Print data on stdout as `json` or `yaml`."""
+    if wanted == "json":
+        print_json(data)
+    else:
+        print(yaml_text(orjson.loads(orjson.dumps(data, option=orjson.OPT_NON_STR_KEYS))), end="")
+
+
+def span(seconds: float) -> str:
+    """Write a time for people: `42s`, `3m05s`, `2h10m`."""
+    minutes, rest = divmod(int(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
 def print_error(error: PdctlError) -> None:

@@ -209,7 +209,7 @@ class Fleet:
 
     async def compare(self) -> list[str]:
         """Ask the plain engine everything and give what differs."""
-        limits = httpx.Limits(max_connections=16)
+        limits = httpx.Limits(max_connections=16, max_keepalive_connections=0)  # engines close idle ones at any time
         async with httpx.AsyncClient(timeout=300, limits=limits) as client:
             gate = asyncio.Semaphore(16)
 

@@ -1,6 +1,7 @@
 """`pdctl bench`: a load, the table, the JSON."""
 
 import asyncio
+import contextlib
 import os
 import platform
 import re
@@ -19,10 +20,10 @@ from pdctl.bench.client import Record
 from pdctl.bench.load import Outcome, Workload, run
 from pdctl.bench.prompts import random_ids, random_texts
 from pdctl.bench.result import result, table
-from pdctl.commands.options import Json, Name
+from pdctl.commands.options import Context, Json, Name, Namespace
 from pdctl.console import err, out, print_json
 from pdctl.errors import ExitCode, PdctlError
-from pdctl.targets import Health, LocalTarget
+from pdctl.targets import Health, Target, find
 
 STRETCH_LIMIT = 1.10
 LAG_LIMIT_SECONDS = 0.010
@@ -33,7 +34,9 @@ def bench(
     concurrency: Annotated[int, typer.Argument(min=1, help="Prompts at once.")] = 16,
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 2000,
     output_len: Annotated[int, typer.Option(min=1, help="Tokens that each request generates.")] = 2000,
-    name: Name = "local",
+    name: Name = None,
+    namespace: Namespace = None,
+    context: Context = None,
     url: Annotated[str | None, typer.Option(help="Any OpenAI server instead of a deployment.")] = None,
     model: Annotated[str | None, typer.Option(help="Served model name.", show_default="what the server serves")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = 0,
@@ -46,8 +49,21 @@ def bench(
 
     Exit status 1 when a request failed.
     """
-    target = None if url else LocalTarget.find(name)
-    base = (url or (target.router_url if target else "")).rstrip("/").removesuffix("/v1")
+    with contextlib.ExitStack() as held:
+        target = None if url else find(name, namespace, context)
+        if target is not None:
+            held.callback(target.close)
+        base = url or (held.enter_context(target.reached()) if target is not None else "")
+        _bench(
+            base.rstrip("/").removesuffix("/v1"), target, num_prompts, concurrency, input_len, output_len, model, seed,
+            output, json,
+        )  # fmt: skip
+
+
+def _bench(
+    base: str, target: Target | None, num_prompts: int, concurrency: int, input_len: int, output_len: int,
+    model: str | None, seed: int, output: Path | None, json: bool,
+) -> None:  # fmt: skip
     served = model or _served(base)
     simulated = target is not None and target.simulated
     make = random_texts if simulated else random_ids
@@ -95,8 +111,8 @@ def bench(
         raise PdctlError(f"{told['failed']} of {num_prompts} requests failed", _after_failure(target), evidence=reasons)
 
 
-def _after_failure(target: LocalTarget | None) -> str:
-    return "look at the server's log" if target is None else f"look at pdctl status and pdctl logs --name {target.name}"
+def _after_failure(target: Target | None) -> str:
+    return "look at the server's log" if target is None else f"look at pdctl status and pdctl logs{target.flags}"
 
 
 def _served(base: str) -> str:

@@ -1,91 +1,89 @@
-"""`pdctl deploy`: bring a deployment up."""
+"""`pdctl deploy`: bring a deployment up, here or in a cluster."""
 
-import sys
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from pdctl.commands.options import Name, Yes
-from pdctl.console import err, out
-from pdctl.deployment import Deployment, Member
+from pdctl.commands import wishes
+from pdctl.commands.deploy_kubernetes import Manner, deploy_kubernetes
+from pdctl.commands.deploy_local import deploy_local
+from pdctl.commands.options import Context, Yes
 from pdctl.errors import ExitCode, PdctlError
-from pdctl.targets.local import MOST_OF_A_ROLE, LocalTarget, Wish, plan
+from pdctl.targets.local import MOST_OF_A_ROLE, Wish
 from pdrouter.policies import POLICIES
+
+HERE, THERE = "On this machine", wishes.PANEL
 
 
 def deploy(
-    name: Name = "local",
     local: Annotated[
         bool, typer.Option("--local", help="As processes on this machine, with simulated engines.")
     ] = False,
-    prefill: Annotated[int, typer.Option(min=1, max=MOST_OF_A_ROLE, help="Prefill engines.")] = 8,
-    decode: Annotated[int, typer.Option(min=1, max=MOST_OF_A_ROLE, help="Decode engines.")] = 8,
-    model: Annotated[str, typer.Option(help="Served model name.")] = "meta-llama/Llama-3.1-8B-Instruct",
-    speed: Annotated[
-        float, typer.Option(min=0.01, help="How much faster than an H200 the simulated engines run.")
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes the simulated engines repeat.")] = None,
-    policy: Annotated[str, typer.Option(help=f"How engines are chosen: {', '.join(POLICIES)}.")] = "consistent_hash",
-    port: Annotated[
-        int | None, typer.Option(help="The router's port.", show_default="10001 or the next free one")
+    namespace: Annotated[
+        str | None,
+        typer.Option("--namespace", "-n", envvar="PDCTL_NAMESPACE", help="On Kubernetes, in this namespace."),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds until everything must be ready.")] = 120.0,
+    prefill: wishes.Prefill = None,
+    decode: wishes.Decode = None,
+    model: wishes.Model = None,
+    policy: Annotated[
+        str | None, typer.Option(help=f"How engines are chosen: {', '.join(POLICIES)}.", show_default="consistent_hash")
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds until everything must be ready.", show_default="120; 3000 on Kubernetes"),
+    ] = None,
     yes: Yes = False,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the deployment.", rich_help_panel=HERE, show_default="local")
+    ] = None,
+    speed: Annotated[
+        float,
+        typer.Option(min=0.01, help="How much faster than an H200 the simulated engines run.", rich_help_panel=HERE),
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes the simulated engines repeat.", rich_help_panel=HERE)] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(help="The router's port.", show_default="10001 or the next free one", rich_help_panel=HERE),
+    ] = None,
+    context: Context = None,
+    network: wishes.Network = "none",
+    files: wishes.Files = None,
+    sets: wishes.Sets = None,
+    image: wishes.Image = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show the plan, change nothing.", rich_help_panel=THERE)
+    ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Do not wait for the pods.", rich_help_panel=THERE)
+    ] = False,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="After a failure undo what this run did.", rich_help_panel=THERE)
+    ] = False,
+    fail_unschedulable_after: Annotated[
+        float, typer.Option(min=0, help="Seconds that a pod may find no node.", rich_help_panel=THERE)
+    ] = 300.0,
 ) -> None:
-    """Bring up prefill and decode engines with the router in front of them."""
-    if not local:
-        raise PdctlError(
-            "this version deploys on this machine only", "add --local; Kubernetes is the next step", ExitCode.USAGE
-        )
-    if policy not in POLICIES:
+    """Bring up prefill and decode engines with the router in front of them.
+
+    HF_TOKEN of the environment becomes a Secret in the namespace, by the API; it is in no argument, file or release.
+    """
+    if policy is not None and policy not in POLICIES:
         raise PdctlError(f"there is no policy {policy!r}", f"choose one of {', '.join(POLICIES)}", ExitCode.USAGE)
-    planned = plan(Wish(name, prefill, decode, model, speed, seed, policy, port))
-    _show(planned)
-    if not yes and sys.stdin.isatty() and not typer.confirm("Deploy this?", default=True, err=True):
-        raise PdctlError("not deployed", "run the command again when you are ready")
-    target = LocalTarget(planned)
-    try:
-        _start(target, planned, timeout)
-    except KeyboardInterrupt:
-        raise PdctlError(
-            "interrupted; what had been started has been stopped, nothing is left running",
-            "run the command again",
-            ExitCode.INTERRUPTED,
-        ) from None
-    suffix = "" if name == "local" else f" --name {name}"
-    out.print(
-        f"[bold green]ready[/] {planned.router_url}/v1  model {planned.model}  [yellow](simulated)[/]", soft_wrap=True
-    )
-    out.print(f"next:  pdctl bench 200 32{suffix}   pdctl routing{suffix}   pdctl cleanup{suffix}", soft_wrap=True)
-
-
-def _show(planned: Deployment) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for role in ("prefill", "decode"):
-        members = planned.of_role(role)
-        urls = members[0].url if len(members) == 1 else f"{members[0].url} … {members[-1].url}"
-        table.add_row(role, f"{len(members)} simulated engine{'s' if len(members) > 1 else ''}", urls)
-    table.add_row("router", f"policy {planned.policy}", planned.router_url)
-    table.add_row("metrics", "", planned.metrics_url)
-    table.add_row("model", f"speed {planned.speed:g}", planned.model)
-    table.add_row("files", "", str(planned.folder))
-    err.print(f"[bold]deploy {planned.name}[/] on this machine")
-    err.print(table)
-
-
-def _start(target: LocalTarget, planned: Deployment, timeout: float) -> None:
-    if not err.is_terminal:
-        target.start(timeout, lambda member, seconds: err.print(f"{member.name} ready after {seconds:.1f} s"))
+    if local or (name is not None and namespace is None):
+        prefill, decode = (8 if count is None else count for count in (prefill, decode))
+        for count in (prefill, decode):
+            if not 1 <= count <= MOST_OF_A_ROLE:
+                raise PdctlError(f"{count} engines cannot be run here", f"from 1 to {MOST_OF_A_ROLE}", ExitCode.USAGE)
+        served = model or "meta-llama/Llama-3.1-8B-Instruct"
+        wish = Wish(name or "local", prefill, decode, served, speed, seed, policy or "consistent_hash", port)
+        deploy_local(wish, timeout or 120.0, yes)
         return
-    columns = (TextColumn("{task.description:<8}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err) as progress:
-        tasks = {
-            role: progress.add_task(role, total=len(planned.of_role(role))) for role in ("prefill", "decode", "router")
-        }
-
-        def ready(member: Member, seconds: float) -> None:
-            progress.advance(tasks[member.role])
-
-        target.start(timeout, ready)
+    if namespace is None:
+        raise PdctlError(
+            "it is not said where to deploy", "add --local for this machine, or --namespace NAME for Kubernetes",
+            ExitCode.USAGE,
+        )  # fmt: skip
+    wished = wishes.asked(model, network, files, sets, prefill, decode, image, policy)
+    manner = Manner(dry_run, yes, detach, timeout or 3000.0, rollback, fail_unschedulable_after)
+    deploy_kubernetes(wished, namespace, context, manner)

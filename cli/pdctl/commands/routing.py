@@ -5,57 +5,69 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from pdctl.commands.options import Json, Name
-from pdctl.console import bytes_text, err, out, print_json
+from pdctl.commands.options import Context, Format, Json, Name, Namespace, Output
+from pdctl.console import bytes_text, err, out, print_data
 from pdctl.errors import ExitCode
-from pdctl.targets import LocalTarget, Routing
+from pdctl.targets import Routing, Target, find
 
 SHOWN_VIOLATIONS = 10
 
 
 def routing(
-    name: Name = "local",
+    name: Name = None,
+    namespace: Namespace = None,
+    context: Context = None,
     edges: Annotated[
         bool, typer.Option("--edges", help="Show each way between two engines, and whether it is closed.")
     ] = False,
+    output: Output = Format.TABLE,
     json: Json = False,
 ) -> None:
     """Show prompts and KV bytes by pair, and breaches of the handoff protocol. Exit status 1 when there are any."""
-    target = LocalTarget.find(name)
-    told = target.routing()
-    if json:
-        print_json(
-            {
-                "name": name,
-                "simulated": target.simulated,
-                "pairs": [{"prefill": p, "decode": d, "prompts": n} for (p, d), n in sorted(told.pairs.items())],
-                "transfers": [
-                    {"prefill": p, "decode": d, "transfers": count, "bytes": moved}
-                    for (p, d), (count, moved) in sorted(told.transfers.items())
-                ],
-                "edges": [
-                    {"prefill": p, "decode": d, "handoffs": e.handoffs, "seconds": e.seconds, "closed": e.closed}
-                    for (p, d), e in sorted(told.edges.items())
-                ],
-                "violations": told.violations,
-                "silent": told.silent,
-            }
-        )
-    elif edges:
-        _show_edges(target, told)
-    else:
-        _show(target, told)
+    target = find(name, namespace, context)
+    try:
+        told = target.routing()
+        if json or output is not Format.TABLE:
+            print_data(_data(target, told), "json" if json else output.value)
+        elif edges:
+            _show_edges(target, told)
+        else:
+            _show(target, told)
+    finally:
+        target.close()
     if told.violations or told.silent:
         raise typer.Exit(ExitCode.FAILURE)
 
 
-def _number(name: str) -> tuple[str, int]:
+def _data(target: Target, told: Routing) -> dict[str, object]:
+    return {
+        "name": target.name,
+        "simulated": target.simulated,
+        "pairs": [{"prefill": p, "decode": d, "prompts": n} for (p, d), n in sorted(told.pairs.items())],
+        "transfers": [
+            {"prefill": p, "decode": d, "transfers": count, "bytes": moved}
+            for (p, d), (count, moved) in sorted(told.transfers.items())
+        ],
+        "edges": [
+            {"prefill": p, "decode": d, "handoffs": e.handoffs, "seconds": e.seconds, "closed": e.closed}
+            for (p, d), e in sorted(told.edges.items())
+        ],
+        "violations": told.violations,
+        "silent": told.silent,
+    }
+
+
+def _number(name: str) -> tuple[str, int, str]:
     role, _, number = name.rpartition("-")
-    return (role, int(number)) if number.isdigit() else (name, -1)
+    return (role, int(number) if number.isdigit() else -1, number)
 
 
-def _show_edges(target: LocalTarget, told: Routing) -> None:
-    out.print(f"[bold]{target.name}[/]  ways between engines  [yellow](simulated)[/]")
+def _label(target: Target) -> str:
+    return "  [yellow](simulated)[/]" if target.simulated else ""
+
+
+def _show_edges(target: Target, told: Routing) -> None:
+    out.print(f"[bold]{target.name}[/]  ways between engines{_label(target)}")
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("prefill", "decode"):
         table.add_column(column)
@@ -70,9 +82,11 @@ def _show_edges(target: LocalTarget, told: Routing) -> None:
         out.print("No KV was handed over yet.")
 
 
-def _show(target: LocalTarget, told: Routing) -> None:
+def _show(target: Target, told: Routing) -> None:
     prompts = sum(told.pairs.values())
-    out.print(f"[bold]{target.name}[/]  prompts served by prefill (down) and decode (across)  [yellow](simulated)[/]")
+    out.print(
+        f"[bold]{target.name}[/]  prompts served by prefill (down) and decode (across){_label(target)}", soft_wrap=True
+    )
     if told.pairs:
         prefills = sorted({prefill for prefill, _ in told.pairs}, key=_number)
         decodes = sorted({decode for _, decode in told.pairs}, key=_number)
@@ -87,11 +101,16 @@ def _show(target: LocalTarget, told: Routing) -> None:
         out.print(table)
     count = sum(transfers for transfers, _ in told.transfers.values())
     moved = sum(total for _, total in told.transfers.values())
+    by = "decode engines" if any(prefill == "any" for prefill, _ in told.transfers) else "pairs"
     out.print(
-        f"{prompts} prompts, {count} KV transfers over {len(told.transfers)} pairs, {bytes_text(moved)} of KV moved"
+        f"{prompts} prompts, {count} KV transfers over {len(told.transfers)} {by}, {bytes_text(moved)} of KV moved"
     )
+    if prompts and not count:
+        err.print("[red]no KV moves[/]: decode engines compute all prompts themselves; see pdctl doctor")
     for engine in told.silent:
         err.print(f"[red]{engine} does not answer[/]; its transfers and violations are missing here")
+    if not target.simulated:
+        return  # real engines do not watch over the protocol
     colour = "red" if told.violations else "green"
     out.print(f"[{colour}]{len(told.violations)} protocol violations[/]")
     for entry in told.violations[:SHOWN_VIOLATIONS]:

@@ -1,6 +1,7 @@
 """Where a deployment lives, behind one protocol."""
 
+from pdctl.targets.found import find
 from pdctl.targets.local import LocalTarget
-from pdctl.targets.target import Health, Routing, Target
+from pdctl.targets.target import Health, LogQuery, Routing, Target
 
-__all__ = ["Health", "LocalTarget", "Routing", "Target"]
+__all__ = ["Health", "LocalTarget", "LogQuery", "Routing", "Target", "find"]

@@ -16,12 +16,13 @@ from typing import Any
 
 import httpx
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
 from pdctl import deployment
+from pdctl.check import Check, Mark
 from pdctl.deployment import Deployment, Member
 from pdctl.errors import ExitCode, PdctlError
-from pdctl.targets.target import Edge, Health, Routing
+from pdctl.targets.pages import read_pairs
+from pdctl.targets.target import Health, LogQuery, Routing
 
 PREFILL_PORT, DECODE_PORT, SIDE_PORT, ROUTER_PORT, METRICS_PORT = 8000, 8200, 5600, 10001, 29000
 MOST_OF_A_ROLE = 100
@@ -155,15 +156,6 @@ def plan(wish: Wish) -> Deployment:
     return made
 
 
-# Metrics of the router with a row for each pair of engines.
-_OF_PAIRS = (
-    "pd_router_pairs_total",
-    "pd_router_edge_handoffs_total",
-    "pd_router_edge_seconds",
-    "pd_router_edge_closed",
-)
-
-
 class LocalTarget:
     """A local deployment."""
 
@@ -172,6 +164,7 @@ class LocalTarget:
     def __init__(self, known: Deployment) -> None:
         self._deployment = known
         self.name = known.name
+        self.flags = "" if known.name == "local" else f" --name {known.name}"
         self.router_url = known.router_url
         self.model = known.model
 
@@ -274,17 +267,7 @@ class LocalTarget:
                 f"the router's metrics at {self._deployment.metrics_url} cannot be read: {error}",
                 f"look at pdctl status --name {self.name}",
             ) from error
-        by_pair: dict[str, dict[tuple[str, str], float]] = {name: {} for name in _OF_PAIRS}
-        for family in text_string_to_metric_families(page):
-            for sample in family.samples:
-                if sample.name in by_pair:
-                    prefill, decode = (sample.labels[leg] for leg in ("prefill", "decode"))
-                    ends = by_url.get(prefill, prefill), by_url.get(decode, decode)
-                    by_pair[sample.name][ends] = sample.value
-        pairs, handoffs, seconds, closed = (by_pair[name] for name in _OF_PAIRS)
-        edges = {
-            ends: Edge(int(count), seconds.get(ends, 0.0), bool(closed.get(ends))) for ends, count in handoffs.items()
-        }
+        pairs, edges = read_pairs([page], by_url)
         # tickets name the side channel, which is on the engine's own address
         by_host = {
             (member.url.split("//")[1].split(":")[0], _side_port(member)): member.name
@@ -306,21 +289,76 @@ class LocalTarget:
                     remote = by_host.get((edge["host"], edge["port"]), f"{edge['host']}:{edge['port']}")
                     count, moved = transfers.get((remote, member.name), (0, 0))
                     transfers[remote, member.name] = (count + edge["transfers"], moved + edge["bytes"])
-        return Routing({ends: int(count) for ends, count in pairs.items()}, transfers, edges, violations, silent)
+        return Routing(pairs, transfers, edges, violations, silent)
 
-    def logs(self, role: str | None, tail: int, follow: bool) -> Iterator[tuple[str, str]]:
-        """Give (member, line) pairs of the logs; with `follow` without end."""
-        chosen = [member for member in self._deployment.members if role in (None, member.role)]
+    @contextlib.contextmanager
+    def reached(self, port: int = 0) -> Iterator[str]:
+        """Give the router's URL: it is on this machine already."""
+        yield self.router_url
+
+    def pages(self, path: str, member: str | None) -> list[tuple[str, str, str | None]]:
+        """Give (member, role, answer) for a path of each engine, or of one role or member; None: no answer."""
+        with httpx.Client(timeout=5.0) as client, ThreadPoolExecutor(16) as pool:
+
+            def ask(one: Member) -> str | None:
+                url = self._deployment.metrics_url if one.role == "router" else one.url + path
+                try:
+                    answer = client.get(url)
+                except httpx.HTTPError:
+                    return None
+                return answer.text if answer.status_code == 200 else None
+
+            chosen = [one for one in self._chosen(member) if one.role != "router" or path == "/metrics"]
+            return [(one.name, one.role, told) for one, told in zip(chosen, pool.map(ask, chosen), strict=True)]
+
+    def urls(self) -> dict[str, str]:
+        """Give the URL by which the router knows each engine, by member."""
+        return {one.name: one.url for one in self._deployment.engines}
+
+    def admin(self, path: str) -> Any | None:
+        """The local router has no admin port."""
+        return None
+
+    def checks(self) -> list[Check]:
+        """Whether the supervisor runs, without which nobody notes how processes end."""
+        if self._deployment.supervised:
+            return [Check("supervisor", Mark.OK, f"runs, process {self._deployment.supervisor_pid}")]
+        step = f"run pdctl cleanup{self.flags}, then deploy again"
+        return [Check("supervisor", Mark.FAIL, "does not run", step)]
+
+    rdma = None
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _chosen(self, member: str | None) -> list[Member]:
+        chosen = [one for one in self._deployment.members if member in (None, one.role, one.name)]
+        if not chosen:
+            names = ", ".join(one.name for one in self._deployment.members)
+            raise PdctlError(f"{self.name} has no {member}", f"name a role, or one of {names}", ExitCode.USAGE)
+        return chosen
+
+    def logs(self, query: LogQuery) -> Iterator[tuple[str, str]]:
+        """Give (member, line) pairs of the logs; with `follow` without end.
+
+        Raises:
+            PdctlError: processes here have no previous container, nor times of lines.
+        """
+        if query.previous or query.since is not None:
+            raise PdctlError(
+                "a process on this machine has one log, and its lines have no common time",
+                "leave --previous and --since out; --tail and --grep work", ExitCode.USAGE,
+            )  # fmt: skip
         files = {}
-        for member in chosen:
+        for member in self._chosen(query.member):
             path = self._deployment.log(member.name)
             if not path.exists():
                 continue
             file = files[member.name] = path.open(errors="replace")
-            for line in file.readlines()[-tail:] if tail else file.readlines()[:0]:
+            for line in file.readlines()[-query.tail :] if query.tail else file.readlines()[:0]:
                 yield member.name, line.rstrip("\n")
         try:
-            while follow:
+            while query.follow:
                 quiet = True
                 for name, file in files.items():
                     for line in file.readlines():

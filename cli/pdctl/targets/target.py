@@ -1,8 +1,11 @@
 """What every place where a deployment can live offers to the commands."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from pdctl.check import Check
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,10 +16,13 @@ class Health:
         name: its name.
         role: `prefill`, `decode` or `router`.
         url: where it answers.
-        pid: its process.
+        pid: its process, on this machine.
         state: `ready`, `starting`, `not answering`, or how it ended.
         uptime_seconds: since its start.
-        details: what it tells about itself (`/sim/state`, or the router's `/ready`).
+        details: what it tells about itself (`/sim/state`, or the router's `/ready`), or what the router knows of it.
+        node: where it runs, in a cluster.
+        restarts: how often its container was started again.
+        reason: why it is not ready, where that is known.
     """
 
     name: str
@@ -26,6 +32,9 @@ class Health:
     state: str
     uptime_seconds: float | None
     details: dict[str, Any] = field(default_factory=dict)
+    node: str = ""
+    restarts: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +58,10 @@ class Routing:
 
     Args:
         pairs: prompts by (prefill, decode) names; `none` stands for a decode engine alone.
-        transfers: KV transfers by (prefill, decode) names: count and bytes.
+        transfers: KV transfers by (prefill, decode) names: count and bytes. The prefill side is `any` where engines
+            only tell what they read, not from whom.
         edges: every way that was used, by (prefill, decode) names.
-        violations: breaches of the handoff protocol, each with the engine that saw it.
+        violations: breaches of the handoff protocol, each with the engine that saw it; only simulated engines see them.
         silent: engines that did not answer.
     """
 
@@ -62,13 +72,50 @@ class Routing:
     silent: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class LogQuery:
+    """Which lines of logs.
+
+    Args:
+        member: only of this role, or of this process or pod.
+        tail: last lines of each.
+        follow: go on as lines come.
+        previous: of the container before its last restart.
+        since: only of the last so many seconds.
+    """
+
+    member: str | None = None
+    tail: int = 20
+    follow: bool = False
+    previous: bool = False
+    since: float | None = None
+
+
 class Target(Protocol):
-    """A deployment somewhere."""
+    """A deployment somewhere.
+
+    Attributes:
+        name: what it is called: its name here, or its namespace.
+        flags: how commands name it, with a space before: ` --namespace x`; may be empty.
+    """
 
     name: str
-    simulated: bool
-    router_url: str
-    model: str
+    flags: str
+
+    @property
+    def router_url(self) -> str:
+        """Where clients in its place find the router."""
+
+    @property
+    def model(self) -> str:
+        """Served model name."""
+
+    @property
+    def simulated(self) -> bool:
+        """Whether its engines are simulated."""
+
+    def reached(self, port: int = 0) -> AbstractContextManager[str]:
+        """Give a URL of the router that this machine reaches, for as long as the context lasts."""
 
     def health(self) -> list[Health]:
         """Tell how each part is."""
@@ -76,8 +123,27 @@ class Target(Protocol):
     def routing(self) -> Routing:
         """Tell who served whom."""
 
-    def logs(self, role: str | None, tail: int, follow: bool) -> Iterator[tuple[str, str]]:
+    def pages(self, path: str, member: str | None) -> list[tuple[str, str, str | None]]:
+        """Give (member, role, answer) for a path of each engine, or of one role or member; None: no answer.
+
+        Of the router only `/metrics` is asked.
+        """
+
+    def urls(self) -> dict[str, str]:
+        """Give the URL by which the router knows each engine, by member."""
+
+    def admin(self, path: str) -> Any | None:
+        """Give what a router's admin port answers, None where it cannot be asked."""
+
+    def checks(self) -> list[Check]:
+        """Make the checks that only this place can make."""
+
+    @property
+    def rdma(self) -> str | None:
+        """The resource by which engines ask for RDMA, empty for TCP; None where KV stays on one machine."""
+
+    def logs(self, query: LogQuery) -> Iterator[tuple[str, str]]:
         """Give (member, line) pairs of the logs; with `follow` without end."""
 
-    def stop(self) -> list[str]:
-        """Stop everything; give the names of what could not be stopped."""
+    def close(self) -> None:
+        """Let go of connections; the deployment itself stays."""

@@ -114,6 +114,7 @@ class Api:
         self._status_faults: list[int] = []
         self._break_after: list[tuple[int, bool]] = []
         self._late = 0.0
+        self._ballast = b""
 
     def application(self) -> ASGIApp:
         """Give the ASGI application."""
@@ -510,11 +511,14 @@ class Api:
                 self._late = fault.seconds
             case FaultKind.EDGE:
                 engine.broken_edges.add((fault.host, fault.port))
+            case FaultKind.ALLOCATE:
+                self._ballast = b"\x01" * fault.bytes  # not zeroes, which would take no memory
             case FaultKind.NONE:
                 engine.slowdown = 1.0
                 engine.drop_remote_request_id = 0
                 engine.broken_edges.clear()
                 self._late = 0.0
+                self._ballast = b""
                 self._status_faults, self._break_after = [], []
                 engine.resume()
 

@@ -4,11 +4,12 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import math
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 import uvloop
@@ -52,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
         "--keep-requests", type=int, default=0, metavar="N",
         help="show the last N POST requests, with headers and bodies, under GET /sim/requests (0)",
     )  # fmt: skip
+    made.add_argument(
+        "--shutdown-timeout", type=float, default=1.0, metavar="S",
+        help="seconds for requests under way after SIGTERM (1)",
+    )  # fmt: skip
     made.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return made
 
@@ -66,7 +71,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return made
 
 
-async def _serve(settings: EngineSettings, listening: socket.socket, log_level: str) -> int:
+async def _serve(settings: EngineSettings, listening: socket.socket, log_level: str, drain_seconds: float) -> int:
     engine = Engine(settings, Tokenizer(), Violations())
     api = Api(engine)
     try:
@@ -77,7 +82,7 @@ async def _serve(settings: EngineSettings, listening: socket.socket, log_level: 
         return 1
     config = uvicorn.Config(
         api.application(), log_level="warning" if log_level == "info" else log_level, access_log=False, lifespan="off",
-        timeout_keep_alive=5, timeout_graceful_shutdown=1, http="httptools", ws="none",
+        timeout_keep_alive=5, timeout_graceful_shutdown=math.ceil(drain_seconds), http="httptools", ws="none",
     )  # fmt: skip
     server = _Server(config)
     loop = asyncio.get_running_loop()
@@ -143,10 +148,10 @@ def _refuser(
     return refuse
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run an engine until SIGTERM or SIGINT; exit 1 with one line when it cannot listen, 2 on a bad flag."""
     made = parser()
-    options = made.parse_args()
+    options = made.parse_args(argv)
     try:
         profile = load_profile(options.profile)
     except ValueError as error:
@@ -178,4 +183,4 @@ def main() -> None:
     except OSError as error:
         print(f"pd-engine-sim: cannot listen on {options.host}:{port}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
-    sys.exit(uvloop.run(_serve(settings, listening, options.log_level)))
+    sys.exit(uvloop.run(_serve(settings, listening, options.log_level, options.shutdown_timeout)))

@@ -20,6 +20,7 @@ class FaultKind(StrEnum):
     DROP_REMOTE_REQUEST_ID = "drop_remote_request_id"  # the next `count` tickets lack it
     LATE_ANSWER = "late_answer"  # whole answers go out `seconds` after the engine core has finished them
     EDGE = "edge"  # this engine no longer reaches the side channel at `host`:`port`; both ends are well otherwise
+    ALLOCATE = "allocate"  # this process holds `bytes` more memory; above its limit, the system kills it
     NONE = "none"  # all faults end
 
 
@@ -37,6 +38,7 @@ class Fault(BaseModel):
     exit: bool = False
     host: str = ""
     port: int = Field(5600, ge=1, le=65535)
+    bytes: int = Field(0, ge=0, le=4 * 2**30)
 
     @model_validator(mode="after")
     def _names_its_edge(self) -> Self:

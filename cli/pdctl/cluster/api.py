@@ -1,0 +1,323 @@
+"""The Kubernetes API as pdctl asks it. kr8s reads the kubeconfig and gives credentials; requests are httpx's.
+
+The kubeconfig is only read. kr8s writes keys that stand in it as data to temporary files; `scratch` gives them a folder
+that goes when pdctl ends.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import httpx_ws
+import orjson
+
+from pdctl.errors import ExitCode, PdctlError
+
+Object = Mapping[str, Any]
+
+MANAGER = "pdctl"  # field manager of server-side apply
+CONNECT_SECONDS, READ_SECONDS = 5.0, 30.0
+PAGE = 500
+# Stream resets and half-open connections come with an API server that is restarted or a tunnel that breaks.
+_OUTAGES = (httpx.ConnectError, httpx.TimeoutException, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
+_BUSY = (429, 502, 503, 504)
+
+
+class ApiError(PdctlError):
+    """The API answered with a refusal.
+
+    Args:
+        status: of HTTP.
+        reason: in the API's own vocabulary: `NotFound`, `Forbidden`, `AlreadyExists`, …
+    """
+
+    def __init__(self, status: int, reason: str, message: str, what: str) -> None:
+        step = {
+            401: "log in again: the cluster does not accept the credentials of this context",
+            403: "ask who runs the cluster for this right, or choose another --context",
+        }.get(status, "see the message; pdctl doctor checks the rest")
+        lacking = status in (401, 403)
+        super().__init__(f"{what}: {message}", step, ExitCode.PREFLIGHT if lacking else ExitCode.FAILURE)
+        self.status, self.reason, self.message = status, reason, message
+
+
+class Unreachable(PdctlError):  # noqa: N818
+    """The API does not answer."""
+
+    def __init__(self, server: str, why: str) -> None:
+        super().__init__(
+            f"the Kubernetes API at {server} does not answer: {why}",
+            "check the network and VPN, or choose another --context (kubectl config get-contexts)",
+            ExitCode.PREFLIGHT,
+        )
+
+
+def scratch() -> Path:
+    """Give this process's own folder for temporary files; nobody else can read it, and it goes when pdctl ends."""
+    if tempfile.tempdir is None or not Path(tempfile.tempdir).name.startswith("pdctl-"):
+        folder = tempfile.mkdtemp(prefix="pdctl-")
+        tempfile.tempdir = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(tempfile.tempdir)
+
+
+@dataclass(slots=True)
+class Cluster:
+    """One cluster, reached through one context.
+
+    Args:
+        context: its name in the kubeconfig; empty within a pod.
+        server: the API's address.
+        patience: seconds for which calls are tried again while the API does not answer.
+        on_outage: called with the seconds that the API has been silent for.
+    """
+
+    context: str
+    server: str
+    patience: float = 10.0
+    on_outage: Callable[[float], None] = lambda seconds: None
+    version: str = ""
+    _auth: Any = None
+    _client: httpx.AsyncClient | None = None
+    _renewing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @classmethod
+    async def connect(cls, context: str | None = None) -> "Cluster":
+        """Find the cluster of a context, the current one when none is named.
+
+        Raises:
+            PdctlError: there is no such context, or no answer.
+        """
+        import kr8s.asyncio  # noqa: PLC0415 half a second, which no other command need wait for
+
+        scratch()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of versions that kr8s was not tried with
+                api = await kr8s.asyncio.api(context=context)
+        except (ValueError, KeyError, IndexError, FileNotFoundError) as error:
+            where = f"context {context!r}" if context else "the current context"
+            raise PdctlError(
+                f"the kubeconfig has nothing for {where} that can be used: {error}",
+                "see kubectl config get-contexts; choose one with --context, or another file with KUBECONFIG",
+                ExitCode.PREFLIGHT,
+            ) from None
+        except kr8s.ServerError as error:
+            raise PdctlError(
+                f"{context or 'the current context'}: the cluster does not accept its credentials: {error}",
+                "log in again as your cluster's provider says, or choose another --context", ExitCode.PREFLIGHT,
+            ) from None  # fmt: skip
+        except (httpx.HTTPError, kr8s.APITimeoutError, OSError) as error:
+            raise Unreachable(context or "the current context", _why(error)) from None
+        except (
+            Exception
+        ) as error:  # what an exec plugin of the kubeconfig makes of a failure differs from one to the next
+            raise PdctlError(
+                f"the credentials of {context or 'the current context'} cannot be had: {type(error).__name__}: {error}",
+                "log in again as your cluster's provider says", ExitCode.PREFLIGHT,
+            ) from None  # fmt: skip
+        made = cls(api.auth.active_context, api.auth.server, _auth=api.auth)
+        made._client = await made._new_client()
+        made.version = (await made.get("/version")).get("gitVersion", "")
+        return made
+
+    async def _new_client(self) -> httpx.AsyncClient:
+        auth = self._auth
+        headers = {"user-agent": "pdctl"} | ({"authorization": f"Bearer {auth.token}"} if auth.token else {})
+        return httpx.AsyncClient(
+            base_url=auth.server, headers=headers, verify=await auth.ssl_context(), proxy=auth.proxy,
+            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+        )  # fmt: skip
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._client is not None:
+            await self._client.aclose()
+
+    @property
+    def client(self) -> httpx.AsyncClient:
+        """The client with the credentials."""
+        assert self._client is not None
+        return self._client
+
+    @property
+    def extensions(self) -> dict[str, Any]:
+        """What a request must carry where the kubeconfig names another TLS server."""
+        return {"sni_hostname": self._auth.tls_server_name} if self._auth.tls_server_name else {}
+
+    async def _renew(self, old: httpx.AsyncClient) -> None:
+        async with self._renewing:
+            if self._client is old:
+                await self._auth.reauthenticate()
+                self._client = await self._new_client()
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        what: str,
+        *,
+        body: Object | None = None,
+        kind: str = "application/json",
+        **query: Any,
+    ) -> Any:
+        """Ask for JSON; an API that does not answer is asked again for `patience` seconds.
+
+        `what` is the call in words, for errors.
+
+        Raises:
+            ApiError: it refuses.
+            Unreachable: it does not answer.
+        """
+        response = await self._answer(method, path, body, kind, query)
+        try:
+            told = orjson.loads(response.content)
+        except orjson.JSONDecodeError:
+            told = {"message": response.text[:300]}
+        if response.status_code >= 400:
+            raise ApiError(response.status_code, told.get("reason", ""), told.get("message", "no reason given"), what)
+        return told
+
+    async def _answer(
+        self, method: str, path: str, body: Object | None, kind: str, query: Mapping[str, Any]
+    ) -> httpx.Response:
+        content = None if body is None else orjson.dumps(body)
+        began, delay, renewed = time.monotonic(), 0.1, False
+        while True:
+            client = self.client
+            try:
+                response = await client.request(
+                    method, path, params=query, content=content, headers={"content-type": kind},
+                    extensions=self.extensions,
+                )  # fmt: skip
+            except _OUTAGES as error:
+                why = _why(error)
+            else:
+                if response.status_code == 401 and not renewed:
+                    renewed = True
+                    await self._renew(client)
+                    continue
+                if response.status_code not in _BUSY:
+                    return response
+                why = f"it answers {response.status_code}"
+                if "webhook" in response.text:
+                    return response  # not the API itself, and the message tells which
+            silent = time.monotonic() - began
+            if silent + delay > self.patience:
+                raise Unreachable(self.server, why)
+            self.on_outage(silent)
+            await asyncio.sleep(delay)
+            delay = min(2.0, delay * 2)
+
+    async def get(self, path: str, **query: Any) -> Any:
+        """Read an object."""
+        return await self.call("GET", path, f"cannot read {path.rsplit('/', 1)[-1]}", **query)
+
+    async def find(self, path: str) -> Any | None:
+        """Read an object; None when it does not exist."""
+        try:
+            return await self.get(path)
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def list(self, path: str, labels: str = "", fields: str = "") -> list[Any]:
+        """Read all objects of a kind."""
+        query: dict[str, Any] = {"limit": PAGE} | ({"labelSelector": labels} if labels else {})
+        query |= {"fieldSelector": fields} if fields else {}
+        found: list[Any] = []
+        while True:
+            page = await self.call("GET", path, f"cannot list {path.rsplit('/', 1)[-1]}", **query)
+            found += page.get("items") or []
+            if not (more := page.get("metadata", {}).get("continue")):
+                return found
+            query["continue"] = more
+
+    async def apply(
+        self, path: str, thing: Object, *, dry_run: bool = False, manager: str = MANAGER, force: bool = True
+    ) -> Any:
+        """Make an object so by server-side apply; with `dry_run` tell what it would become."""
+        query = {"fieldManager": manager, "force": str(force).lower()} | ({"dryRun": "All"} if dry_run else {})
+        what = f"cannot apply {thing['kind']} {thing['metadata']['name']}"
+        return await self.call("PATCH", path, what, body=thing, kind="application/apply-patch+yaml", **query)
+
+    async def create(self, path: str, thing: Object) -> Any:
+        """Make a new object."""
+        return await self.call("POST", path, f"cannot make {thing['kind']} {thing['metadata']['name']}", body=thing)
+
+    async def replace(self, path: str, thing: Object) -> Any:
+        """Replace an object by a newer version of itself."""
+        return await self.call("PUT", path, f"cannot update {thing['kind']} {thing['metadata']['name']}", body=thing)
+
+    async def delete(self, path: str) -> None:
+        """Delete an object and, first, what it owns; one that does not exist is no error."""
+        options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
+        try:
+            await self.call("DELETE", path, f"cannot delete {path.rsplit('/', 1)[-1]}", body=options)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+
+    async def allowed(
+        self, verb: str, resource: str, namespace: str = "", group: str = "", subresource: str = ""
+    ) -> bool:
+        """Whether these credentials may do something."""
+        wanted = {
+            "verb": verb, "resource": resource, "namespace": namespace, "group": group, "subresource": subresource,
+        }  # fmt: skip
+        review = {
+            "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
+            "metadata": {"name": ""}, "spec": {"resourceAttributes": {k: v for k, v in wanted.items() if v}},
+        }  # fmt: skip
+        told = await self.create("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)
+        return bool(told["status"].get("allowed"))
+
+    async def log(self, namespace: str, pod: str, **query: Any) -> str:
+        """Read a container's log; empty when there is none."""
+        path = f"/api/v1/namespaces/{namespace}/pods/{pod}/log"
+        response = await self._answer("GET", path, None, "application/json", query)
+        return response.text if response.status_code == 200 else ""
+
+    async def follow(self, namespace: str, pod: str, **query: Any) -> AsyncIterator[str]:
+        """Give a container's log line by line until it ends or the connection does."""
+        path = f"/api/v1/namespaces/{namespace}/pods/{pod}/log"
+        timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
+        with contextlib.suppress(*_OUTAGES):
+            async with self.client.stream(
+                "GET", path, params={"follow": "true", **query}, timeout=timeout, extensions=self.extensions
+            ) as response:
+                if response.status_code == 200:
+                    async for line in response.aiter_lines():
+                        yield line
+
+    @contextlib.asynccontextmanager
+    async def websocket(self, path: str, protocol: str, **query: Any) -> AsyncIterator[httpx_ws.AsyncWebSocketSession]:
+        """Open a websocket.
+
+        Raises:
+            httpx_ws.HTTPXWSException, httpx.HTTPError: it cannot be had.
+        """
+        session: httpx_ws.AsyncWebSocketSession
+        async with httpx_ws.aconnect_ws(
+            path, self.client, subprotocols=[protocol], params=query, keepalive_ping_interval_seconds=None,
+            extensions=self.extensions,
+        ) as session:  # fmt: skip
+            yield session
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, httpx.TimeoutException):
+        return "no answer in time"
+    told = str(error) or type(error).__name__
+    return told.removeprefix("[Errno 111] ")

@@ -1,0 +1,98 @@
+"""What only a cluster can have wrong: Services without endpoints, levels of security, rights of the router."""
+
+import asyncio
+from typing import Any
+
+from pdctl.check import Check, Mark
+from pdctl.cluster import paths
+from pdctl.cluster.api import ApiError, Cluster
+from pdctl.cluster.observe import PART
+from pdctl.podstate import Phase, read_pod
+
+
+async def _endpoints(cluster: Cluster, namespace: str) -> Check:
+    """Compare each Service's ready endpoints with the ready pods of its role."""
+    slices, pods = await asyncio.gather(
+        cluster.list(paths.namespaced("endpointslices", namespace), PART),
+        cluster.list(paths.namespaced("pods", namespace), PART),
+    )
+    ready: dict[str, set[str]] = {}
+    for one in slices:
+        service = one["metadata"]["labels"].get("kubernetes.io/service-name", "")
+        those = ready.setdefault(service, set())
+        for endpoint in one.get("endpoints") or ():
+            if (endpoint.get("conditions") or {}).get("ready"):
+                those |= set(endpoint["addresses"])
+    there: dict[str, set[str]] = {}
+    for pod in map(read_pod, pods):
+        if pod.phase is Phase.READY:
+            there.setdefault(pod.role, set()).add(pod.ip)
+    wrong = []
+    for service, addresses in sorted(ready.items()):
+        role = next((role for role in ("prefill", "decode") if service.endswith(role)), "router")
+        missing = there.get(role, set()) - addresses
+        if missing or not addresses:
+            wrong.append(f"{service} has {len(addresses)} of {len(there.get(role, set()))} ready {role} pods")
+    if not slices:
+        wrong = ["there are no EndpointSlices at all"]
+    if wrong:
+        return Check(
+            "Services", Mark.FAIL, "; ".join(wrong),
+            f"see kubectl get endpointslices -n {namespace}: controllers make them of the Services' selectors",
+        )  # fmt: skip
+    told = ", ".join(f"{service} {len(addresses)}" for service, addresses in sorted(ready.items()))
+    return Check("Services", Mark.OK, f"all ready pods are behind them: {told}")
+
+
+async def _security(cluster: Cluster, namespace: str, deployments: list[Any]) -> Check:
+    space = await cluster.get(f"{paths.NAMESPACES}/{namespace}")
+    level = (space["metadata"].get("labels") or {}).get("pod-security.kubernetes.io/enforce", "")
+    for thing in deployments:
+        container = thing["spec"]["template"]["spec"]["containers"][0]
+        added = ((container.get("securityContext") or {}).get("capabilities") or {}).get("add") or ()
+        if added and level in ("restricted", "baseline"):
+            return Check(
+                "pod security", Mark.FAIL, f"the namespace enforces {level}, and {thing['metadata']['name']} asks for "
+                f"{', '.join(added)}: no new pod is let in",
+                f"kubectl label namespace {namespace} pod-security.kubernetes.io/enforce=privileged --overwrite",
+            )  # fmt: skip
+    return Check("pod security", Mark.OK, f"the namespace enforces {level or 'nothing of its own'}")
+
+
+async def _router_rights(cluster: Cluster, namespace: str, deployments: list[Any]) -> Check:
+    for thing in deployments:
+        if thing["metadata"]["labels"].get("app.kubernetes.io/component") != "router":
+            continue
+        account = thing["spec"]["template"]["spec"].get("serviceAccountName", "default")
+        review = {
+            "apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "metadata": {"name": ""},
+            "spec": {
+                "user": f"system:serviceaccount:{namespace}:{account}",
+                "groups": ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"],
+                "resourceAttributes": {
+                    "verb": "watch", "resource": "endpointslices", "group": "discovery.k8s.io", "namespace": namespace,
+                },
+            },
+        }  # fmt: skip
+        try:
+            told = await cluster.create("/apis/authorization.k8s.io/v1/subjectaccessreviews", review)
+        except ApiError:
+            return Check("router's rights", Mark.UNKNOWN, "no right to ask for them")
+        if told["status"].get("allowed"):
+            return Check("router's rights", Mark.OK, f"{account} may watch EndpointSlices")
+        return Check(
+            "router's rights", Mark.FAIL, f"{account} may not watch EndpointSlices, so no engine is found",
+            "let the chart make its Role (router.rbac.create=true), or bind one",
+        )  # fmt: skip
+    return Check("router's rights", Mark.FAIL, "there is no router", f"pdctl deploy --namespace {namespace}")
+
+
+async def look(cluster: Cluster, namespace: str, deployments: list[Any]) -> list[Check]:
+    """Make all checks at once."""
+    return list(
+        await asyncio.gather(
+            _endpoints(cluster, namespace),
+            _security(cluster, namespace, deployments),
+            _router_rights(cluster, namespace, deployments),
+        )
+    )

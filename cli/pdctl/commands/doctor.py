@@ -1,0 +1,82 @@
+"""`pdctl doctor`: is everything as it should be, and if not, what to do."""
+
+import re
+from dataclasses import asdict
+from typing import Any
+
+import typer
+from rich.text import Text
+
+from pdctl.check import Mark
+from pdctl.cluster.screen import checks_table
+from pdctl.commands.options import Context, Format, Name, Namespace, Output
+from pdctl.console import err, out, print_data
+from pdctl.errors import ExitCode, PdctlError
+from pdctl.examination import Facts, examine
+from pdctl.targets import LogQuery, Routing, Target, find
+from pdctl.targets.pages import Page
+
+LOG_LINES = 300
+_VERSION = re.compile(r'"version"\s*:\s*"([^"]+)"')
+
+
+def doctor(
+    name: Name = None, namespace: Namespace = None, context: Context = None, output: Output = Format.TABLE
+) -> None:
+    """Check everything that can keep KV from moving or requests from being served; each with evidence and fix.
+
+    Exit status 1 when a check fails.
+    """
+    target = find(name, namespace, context)
+    try:
+        checks, simulated = list(examine(_gather(target))), target.simulated
+    finally:
+        target.close()
+    if output is Format.TABLE:
+        out.print(Text.assemble((target.name, "bold"), ("  (simulated)" if simulated else "", "yellow")))
+        out.print(checks_table(checks))
+    else:
+        told = [asdict(check) for check in checks]
+        print_data({"name": target.name, "simulated": simulated, "checks": told}, output.value)
+    failed = [check for check in checks if check.mark is Mark.FAIL]
+    if failed:
+        err.print(f"{len(failed)} of {len(checks)} checks failed")
+        raise typer.Exit(ExitCode.FAILURE)
+
+
+def _gather(target: Target) -> Facts:
+    health = target.health()
+    workers, edges = target.admin("/list_workers"), target.admin("/debug/edges")
+    names = {part.url: part.name for part in health}
+    try:
+        routing: Routing | None = target.routing()
+    except PdctlError:
+        routing = None
+    versions = {}
+    for member, _, told in target.pages("/version", None):
+        if told is not None and (found := _VERSION.search(told)):
+            versions[member] = found[1]
+    pages = {member: Page(told) for member, role, told in target.pages("/metrics", None) if told and role != "router"}
+    lines: dict[str, list[str]] = {}
+    for member, line in target.logs(LogQuery(tail=LOG_LINES)):
+        if not member.startswith("router"):
+            lines.setdefault(member, []).append(line)
+    return Facts(
+        target.flags, health, routing, versions, pages,
+        None if workers is None else {one["url"]: one for one in workers["workers"]},
+        _edges(edges, names, routing),
+        lines, target.rdma, target.checks(),
+    )  # fmt: skip
+
+
+def _edges(told: Any | None, names: dict[str, str], routing: Routing | None) -> list[dict[str, Any]]:
+    """Give what is known of each way: from a router's admin port, else from its metrics, which tell no errors."""
+    if told is not None:
+        return [
+            edge | {end: names.get(edge[end], edge[end]) for end in ("prefill", "decode")} for edge in told["edges"]
+        ]
+    known = {} if routing is None else routing.edges
+    return [
+        {"prefill": prefill, "decode": decode, "failures": 0, **asdict(edge)}
+        for (prefill, decode), edge in known.items()
+    ]

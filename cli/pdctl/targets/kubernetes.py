@@ -1,0 +1,368 @@
+"""A deployment in a cluster: the same questions as to a local one, asked of the Kubernetes API and by port-forward."""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, Self, TypeVar
+
+import anyio.from_thread
+import httpx
+import orjson
+import yaml
+from rich.text import Text
+
+from pdctl.check import Check
+from pdctl.cluster import paths, record
+from pdctl.cluster.api import Cluster
+from pdctl.cluster.doctor import look
+from pdctl.cluster.forward import Forward
+from pdctl.cluster.identity import check_cluster
+from pdctl.cluster.logs import read, stream
+from pdctl.cluster.observe import PART, Observer
+from pdctl.cluster.screen import finding_lines, short
+from pdctl.errors import ExitCode, PdctlError
+from pdctl.podstate import Finding, Phase, Pod, Snapshot, diagnose
+from pdctl.targets.pages import Page, read_pairs
+from pdctl.targets.target import Health, LogQuery, Routing
+
+T = TypeVar("T")
+
+FETCH_SECONDS = 10.0
+AT_ONCE = 16
+
+
+class KubernetesTarget:
+    """A deployment in a namespace; all of it is asked of the cluster each time.
+
+    It has an event loop in a thread of its own, so that a forward works while the commands use its end here.
+    """
+
+    def __init__(self, namespace: str, context: str | None) -> None:
+        """Connect.
+
+        Raises:
+            PdctlError: the cluster cannot be reached, is another one than at deployment, or has nothing there.
+        """
+        self.name = namespace
+        self.flags = f" --namespace {namespace}" + (f" --context {context}" if context else "")
+        self._held = contextlib.ExitStack()
+        self._portal = self._held.enter_context(anyio.from_thread.start_blocking_portal())
+        try:
+            self.cluster = self._run(Cluster.connect(context))
+            self._held.callback(lambda: self._run(self.cluster.close()))
+            self._run(check_cluster(self.cluster, namespace, named=context is not None, verb="status"))
+            self._observer = Observer(self.cluster, namespace)
+            self._deployments = self._run(self.cluster.list(paths.namespaced("deployments", namespace), PART))
+        except BaseException:
+            self.close()
+            raise
+        if not self._deployments:
+            self.close()
+            others = [one for one in record.namespaces() if one != namespace]
+            known = f"; deployed are: {', '.join(others)}" if others else ""
+            raise PdctlError(
+                f"nothing of pdctl is deployed in namespace {namespace} of {self.cluster.context}{known}",
+                f"run pdctl deploy --namespace {namespace}",
+            )
+
+    def close(self) -> None:
+        """Let go of connections; the deployment itself stays."""
+        self._held.close()
+
+    def __enter__(self) -> Self:
+        """Use it as a context."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        async def run() -> T:
+            return await work
+
+        return self._portal.call(run)
+
+    @contextlib.contextmanager
+    def _ahead(self, items: AsyncIterator[T]) -> Iterator[Iterator[T]]:
+        """Give what an asynchronous iterator gives, in this thread."""
+
+        async def following() -> list[T]:
+            try:
+                return [await anext(items)]
+            except StopAsyncIteration:
+                return []
+
+        def each() -> Iterator[T]:
+            while found := self._portal.call(following):
+                yield found[0]
+
+        yield each()
+
+    # what it consists of
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """What the router's configuration file says: ports."""
+        maps = self._run(self.cluster.list(paths.namespaced("configmaps", self.name), PART))
+        for one in maps:
+            if "config.yaml" in (one.get("data") or {}):
+                told: dict[str, Any] = yaml.safe_load(one["data"]["config.yaml"])
+                return told
+        return {"port": 10001, "prometheus_port": 29000, "admin_port": 29001}
+
+    @cached_property
+    def model(self) -> str:
+        """The name under which the model is served."""
+        for thing in self._deployments:
+            args = thing["spec"]["template"]["spec"]["containers"][0].get("args") or []
+            if thing["metadata"]["labels"].get("llm-d.ai/role") and args:
+                if "--served-model-name" in args:
+                    return str(args[args.index("--served-model-name") + 1])
+                return str(args[0])
+        return ""
+
+    @property
+    def router_url(self) -> str:
+        """Where clients in the cluster find the router."""
+        for thing in self._deployments:
+            if thing["metadata"]["labels"].get("app.kubernetes.io/component") == "router":
+                return f"http://{thing['metadata']['name']}.{self.name}:{self._settings['port']}"
+        return ""
+
+    @cached_property
+    def simulated(self) -> bool:
+        """Whether its engines are simulated: such an engine says so."""
+        for pod in self.snapshot().pods:
+            if pod.phase is Phase.READY and pod.role in ("prefill", "decode"):
+                return self._fetch(pod, self._engine_port(pod.role), "/sim/state") is not None
+        return False
+
+    def _engine_port(self, role: str) -> int:
+        for thing in self._deployments:
+            if thing["metadata"]["labels"].get("llm-d.ai/role") == role:
+                for port in thing["spec"]["template"]["spec"]["containers"][0].get("ports") or ():
+                    if port["name"] == "http":
+                        return int(port["containerPort"])
+        return 8000
+
+    def snapshot(self) -> Snapshot:
+        """Look at all pods and workloads."""
+        return self._run(self._observer.snapshot())
+
+    def diagnose(self, snapshot: Snapshot) -> tuple[Finding, ...]:
+        """Say why it is not ready."""
+        return diagnose(snapshot, self._observer.tails)
+
+    def troubles(self) -> list[Text]:
+        """Say why pods are not ready, for the screen of `status`."""
+        snapshot = self._observer.last
+        return [line for finding in self.diagnose(snapshot) for line in finding_lines(finding, snapshot)]
+
+    @property
+    def last_lines(self) -> dict[str, str]:
+        """The newest log line of each pod that is starting."""
+        return self._observer.last_lines
+
+    # reaching pods
+
+    async def _ready_router(self) -> str | None:
+        return await ready_pod(self.cluster, self.name, "router")
+
+    @contextlib.contextmanager
+    def reached(self, port: int = 0) -> Iterator[str]:
+        """Give a URL of the router that this machine reaches: a port-forward that finds another pod when one goes."""
+        forward = Forward(self.cluster, self.name, int(self._settings["port"]), self._ready_router)
+        with self._portal.wrap_async_context_manager(forward.listening(port)) as local:
+            yield f"http://127.0.0.1:{local}"
+
+    @contextlib.contextmanager
+    def forwards(self, ports: dict[int, int], tell: Callable[[str], None]) -> Iterator[dict[int, int]]:
+        """Forward ports of the router for as long as the context lasts.
+
+        Args:
+            ports: local ones by remote ones; 0: any free one.
+            tell: called with a sentence when a connection goes to another pod, or to none.
+        """
+        with contextlib.ExitStack() as held:
+            local = {}
+            for remote, wished in ports.items():
+                forward = Forward(self.cluster, self.name, remote, self._ready_router, tell)
+                local[remote] = held.enter_context(self._portal.wrap_async_context_manager(forward.listening(wished)))
+            yield local
+
+    @property
+    def router_ports(self) -> tuple[int, int]:
+        """The router's ports: of the API, of its metrics."""
+        return int(self._settings["port"]), int(self._settings["prometheus_port"])
+
+    def _fetch(self, pod: Pod, port: int, path: str) -> str | None:
+        """Get a page of a pod, None when there is none."""
+
+        async def this() -> str | None:
+            return pod.name
+
+        forward = Forward(self.cluster, self.name, port, this)
+        with self._portal.wrap_async_context_manager(forward.listening()) as local:
+            try:
+                answer = httpx.get(f"http://127.0.0.1:{local}{path}", timeout=FETCH_SECONDS, trust_env=False)
+            except httpx.HTTPError:
+                return None
+            return answer.text if answer.status_code == 200 else None
+
+    def _fetch_all(self, asked: list[tuple[Pod, int, str]]) -> list[str | None]:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(lambda one: self._fetch(*one), asked))
+
+    # what commands ask
+
+    def health(self) -> list[Health]:
+        """Tell how each part is: pods from the API, their load from the router."""
+        snapshot = self.snapshot()
+        known = self._workers()
+        found = []
+        for pod in snapshot.pods:
+            port = self._settings["port"] if pod.role == "router" else self._engine_port(pod.role)
+            url = f"http://{pod.ip}:{port}" if pod.ip else ""
+            details = dict(known.get(url, {}))
+            if pod.role == "router" and pod.phase is Phase.READY:
+                details = _sums(list(known.values()))
+            found.append(
+                Health(
+                    short(pod), pod.role, url, None, pod.phase.value, time.time() - pod.created, details, pod.node,
+                    pod.restarts, pod.why,
+                )
+            )  # fmt: skip
+        return found
+
+    def _workers(self) -> dict[str, dict[str, Any]]:
+        """Give what a router knows of each engine, by URL."""
+        told = self.admin("/list_workers")
+        return {} if told is None else {one["url"]: one for one in told["workers"]}
+
+    def routing(self) -> Routing:
+        """Tell who served whom."""
+        snapshot = self.snapshot()
+        engines = [pod for role in ("prefill", "decode") for pod in snapshot.of_role(role) if pod.ip]
+        names = {f"http://{pod.ip}:{self._engine_port(pod.role)}": short(pod) for pod in engines}
+        routers = [pod for pod in snapshot.of_role("router") if pod.phase is Phase.READY]
+        if not routers:
+            raise PdctlError(
+                f"no router of {self.name} is ready", f"see why: pdctl status{self.flags}", ExitCode.FAILURE
+            )
+        metrics = int(self._settings["prometheus_port"])
+        pages = self._fetch_all([(pod, metrics, "/metrics") for pod in routers])
+        pairs, edges = read_pairs([page for page in pages if page is not None], names)
+        ready = [pod for pod in engines if pod.phase is Phase.READY]
+        if self.simulated:
+            transfers, violations, silent = self._simulated_transfers(ready)
+        else:
+            violations = []
+            transfers, silent = self._measured_transfers(ready)
+        return Routing(pairs, transfers, edges, violations, silent)
+
+    def _simulated_transfers(
+        self, engines: list[Pod]
+    ) -> tuple[dict[tuple[str, str], tuple[int, int]], list[dict[str, Any]], list[str]]:
+        states = self._fetch_all([(pod, self._engine_port(pod.role), "/sim/state") for pod in engines])
+        seen = self._fetch_all([(pod, self._engine_port(pod.role), "/sim/violations") for pod in engines])
+        by_host = {pod.ip: short(pod) for pod in engines}
+        transfers: dict[tuple[str, str], tuple[int, int]] = {}
+        violations: list[dict[str, Any]] = []
+        silent = []
+        for pod, state, breaches in zip(engines, states, seen, strict=True):
+            if state is None or breaches is None:
+                silent.append(short(pod))
+                continue
+            violations += [{"engine": short(pod)} | entry for entry in orjson.loads(breaches)]
+            for way in orjson.loads(state)["transfers"]:
+                ends = (by_host.get(way["host"], way["host"]), short(pod))
+                count, moved = transfers.get(ends, (0, 0))
+                transfers[ends] = (count + way["transfers"], moved + way["bytes"])
+        return transfers, violations, silent
+
+    def _measured_transfers(self, engines: list[Pod]) -> tuple[dict[tuple[str, str], tuple[int, int]], list[str]]:
+        """Read what decode engines say they have read; vLLM does not tell from whom."""
+        decodes = [pod for pod in engines if pod.role == "decode"]
+        pages = self._fetch_all([(pod, self._engine_port("decode"), "/metrics") for pod in decodes])
+        transfers: dict[tuple[str, str], tuple[int, int]] = {}
+        for pod, page in zip(decodes, pages, strict=True):
+            told = Page(page or "")
+            if count := int(told.total("vllm:nixl_bytes_transferred_count")):
+                transfers["any", short(pod)] = (count, int(told.total("vllm:nixl_bytes_transferred_sum")))
+        return transfers, [short(pod) for pod, page in zip(decodes, pages, strict=True) if page is None]
+
+    def pages(self, path: str, member: str | None) -> list[tuple[str, str, str | None]]:
+        """Give (member, role, answer) for a path of each engine, or of one role or member; None: no answer."""
+        pods = [pod for pod in self._chosen(member) if pod.role != "router" or path == "/metrics"]
+        asked = [(pod, self._metrics_port(pod.role), path) for pod in pods]
+        return [(short(pod), pod.role, told) for pod, told in zip(pods, self._fetch_all(asked), strict=True)]
+
+    def _metrics_port(self, role: str) -> int:
+        return int(self._settings["prometheus_port"]) if role == "router" else self._engine_port(role)
+
+    def urls(self) -> dict[str, str]:
+        """Give the URL by which the router knows each engine, by member."""
+        pods = self._observer.last.pods
+        engines = [pod for pod in pods if pod.role in ("prefill", "decode") and pod.ip]
+        return {short(pod): f"http://{pod.ip}:{self._engine_port(pod.role)}" for pod in engines}
+
+    def admin(self, path: str) -> Any | None:
+        """Give what a router's admin port answers, None where it cannot be asked."""
+        for pod in self._observer.last.of_role("router"):
+            if pod.phase is Phase.READY:
+                told = self._fetch(pod, int(self._settings["admin_port"]), path)
+                return None if told is None else orjson.loads(told)
+        return None
+
+    @property
+    def rdma(self) -> str | None:
+        """The resource by which engines ask for RDMA, empty for TCP."""
+        for thing in self._deployments:
+            if thing["metadata"]["labels"].get("llm-d.ai/role"):
+                resources = thing["spec"]["template"]["spec"]["containers"][0].get("resources") or {}
+                named = [one for one in resources.get("limits") or {} if "/" in one and not one.endswith("gpu")]
+                return named[0] if named else ""
+        return ""
+
+    def checks(self) -> list[Check]:
+        """Look at Services, rights and levels of security."""
+        return self._run(look(self.cluster, self.name, self._deployments))
+
+    def _chosen(self, member: str | None) -> list[Pod]:
+        pods = list(self.snapshot().pods)
+        chosen = [pod for pod in pods if member in (None, pod.role, pod.name, short(pod))]
+        if not chosen:
+            names = ", ".join(short(pod) for pod in pods) or "none"
+            raise PdctlError(f"{self.name} has no {member}", f"name a role, or one of {names}", ExitCode.USAGE)
+        return chosen
+
+    def logs(self, query: LogQuery) -> Iterator[tuple[str, str]]:
+        """Give (member, line) pairs of the logs, by time; with `follow` without end, also of pods that come later."""
+        if query.member is not None:
+            self._chosen(query.member)
+        if not query.follow:
+            yield from self._run(read(self.cluster, self.name, query))
+            return
+        with self._ahead(stream(self.cluster, self.name, query)) as lines:
+            yield from lines
+
+
+def _sums(workers: list[dict[str, Any]]) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    for role in ("prefill", "decode"):
+        those = [one for one in workers if one["role"] == role]
+        told[role] = {"healthy": sum(bool(one["healthy"]) for one in those), "total": len(those)}
+    return told
+
+
+async def ready_pod(cluster: Cluster, namespace: str, role: str) -> str | None:
+    """Give the name of a ready pod of a role, None when there is none."""
+    labels = f"{PART},app.kubernetes.io/component={role}"
+    for thing in await cluster.list(paths.namespaced("pods", namespace), labels):
+        conditions = {one["type"]: one["status"] for one in (thing.get("status") or {}).get("conditions") or ()}
+        if conditions.get("Ready") == "True" and not thing["metadata"].get("deletionTimestamp"):
+            name: str = thing["metadata"]["name"]
+            return name
+    return None

@@ -1,0 +1,36 @@
+"""A cluster for the tests of this folder: one control plane for all, a namespace for each."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from .control_plane import Cluster, ClusterError, ControlPlane
+from .fake_nodes import fake_cluster
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[ControlPlane]:
+    """Give a control plane with two fake nodes of 8 GPUs, whose pods run as local processes."""
+    if os.geteuid() != 0:
+        pytest.skip("addresses of pods are made local by ip route, which needs root")
+    with contextlib.ExitStack() as held:
+        try:
+            plane = held.enter_context(fake_cluster())
+        except ClusterError as error:
+            pytest.fail(str(error), pytrace=False)
+        yield plane
+
+
+@pytest.fixture
+def namespace(cluster: Cluster) -> Iterator[str]:
+    """Give a namespace of the test's own."""
+    name = f"t-{uuid.uuid4().hex[:8]}"
+    made = {"metadata": {"name": name}}
+    cluster.api.post("/api/v1/namespaces", json=made).raise_for_status()
+    account = f"/api/v1/namespaces/{name}/serviceaccounts/default"
+    cluster.until(lambda: cluster.api.get(account).is_success, "the namespace is complete")
+    yield name
+    cluster.api.delete(f"/api/v1/namespaces/{name}").raise_for_status()

@@ -1,0 +1,141 @@
+"""Nodes that exist only in the API, kept by kwok, whose pods run as local processes at addresses that answer.
+
+kwok keeps the nodes alive and answers `kubectl logs` and `port-forward`; `kubelet` does for their pods what a kubelet
+does. Addresses of pods are made local to this machine, so that whoever binds one is reached there.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from .control_plane import BIN, ROOT, ClusterError, ControlPlane, folder_of, free_ports
+
+SLOTS = 32
+GPUS = 8
+CRDS = ("attaches", "clusterexecs", "execs", "logs", "portforwards")
+
+
+def pod_range(slot: int, node: int) -> str:
+    """Give the addresses of a node's pods; no two clusters of one machine have the same."""
+    return f"10.250.{slot * 4 + node}.0/24"
+
+
+@contextlib.contextmanager
+def claimed_slot() -> Iterator[int]:
+    """Claim what a machine has only once, for as long as this process lives: addresses and a folder's name."""
+    for slot in range(SLOTS):
+        file = os.open(f"/tmp/.pdctl-cluster-{slot}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            continue
+        try:
+            yield slot
+        finally:
+            os.close(file)
+        return
+    raise ClusterError(f"{SLOTS} clusters run on this machine already")
+
+
+@contextlib.contextmanager
+def local_addresses(network: str) -> Iterator[None]:
+    """Make a network's addresses this machine's own: any process may listen on any of them.
+
+    Raises:
+        ClusterError: this process may not.
+    """
+    if shutil.which("ip") is None:
+        raise ClusterError("there is no ip on PATH (Debian: iproute2)")
+    made = _ip("replace", network)  # a session that was killed may have left it
+    if made.returncode != 0:
+        raise ClusterError(f"addresses of pods cannot be made local, which needs root: {made.stderr.strip()}")
+    try:
+        yield
+    finally:
+        _ip("del", network)
+
+
+def _ip(verb: str, network: str) -> subprocess.CompletedProcess[str]:
+    command = ["ip", "route", verb, "local", network, "dev", "lo", "table", "local"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _node(name: str, pods: str) -> dict[str, Any]:
+    room = {"cpu": "192", "memory": "2000Gi", "pods": "110", "ephemeral-storage": "10Ti", "nvidia.com/gpu": str(GPUS)}
+    labels = {
+        "kubernetes.io/hostname": name,
+        "kubernetes.io/os": "linux",
+        "kubernetes.io/arch": "amd64",
+        "nvidia.com/gpu.product": "NVIDIA-H200",
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "labels": labels, "annotations": {"kwok.x-k8s.io/node": "fake"}},
+        "spec": {"podCIDR": pods, "podCIDRs": [pods]},
+        "status": {"capacity": room, "allocatable": room},
+    }
+
+
+@contextlib.contextmanager
+def fake_nodes(plane: ControlPlane, slot: int, count: int = 2) -> Iterator[None]:
+    """Add nodes `gpu-0`, `gpu-1`, … of 8 GPUs each, Ready, with a kubelet for all of them.
+
+    Raises:
+        ClusterError: they do not come up.
+    """
+    with contextlib.ExitStack() as held:
+        held.enter_context(local_addresses(f"10.250.{slot * 4}.0/22"))
+        kustomize = (BIN / "kwok").resolve().parent / "kustomize"
+        for name in CRDS:
+            file = kustomize / f"crd/bases/kwok.x-k8s.io_{name}.yaml"
+            applied = plane.run("kubectl", "apply", "--server-side", "-f", str(file))
+            if applied.returncode != 0:
+                raise ClusterError(f"kwok's resources: {applied.stderr}")
+        stages = [*(kustomize / "stage/node/fast").glob("node-*.yaml")]
+        stages += (kustomize / "stage/node/heartbeat-with-lease").glob("node-*.yaml")
+        (plane.folder / "kwok.yaml").write_text("\n---\n".join(file.read_text() for file in stages))
+        [port] = free_ports(1)
+        plane.programs.start(
+            "kwok", BIN / "kwok", f"--kubeconfig={plane.kubeconfig}", "--config=kwok.yaml",
+            "--manage-all-nodes=false", "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
+            "--tls-cert-file=admin.crt", "--tls-private-key-file=admin.key", "--node-lease-duration-seconds=40",
+            "--node-ip=127.0.0.1", "--node-name=localhost", f"--node-port={port}", f"--server-address=127.0.0.1:{port}",
+            "--enable-crds=Attach,ClusterExec,Exec,Logs,PortForward",
+            environment={"PATH": "/usr/bin:/bin", "HOME": "/tmp"},  # what is exec'd inherits it
+        )  # fmt: skip
+        names = [f"gpu-{number}" for number in range(count)]
+        for number, name in enumerate(names):
+            plane.api.post("/api/v1/nodes", json=_node(name, pod_range(slot, number))).raise_for_status()
+        plane.programs.start(
+            "kubelet", sys.executable, "-m", "cluster.kubelet", plane.folder, plane.url, *names,
+            environment={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        plane.until(lambda: all(map(_usable, _those(plane, names))), "the nodes are Ready")
+        yield
+
+
+def _those(plane: ControlPlane, names: list[str]) -> list[dict[str, Any]]:
+    return [one for one in plane.items("/api/v1/nodes") if one["metadata"]["name"] in names]
+
+
+def _usable(node: dict[str, Any]) -> bool:
+    conditions = {one["type"]: one["status"] for one in node["status"].get("conditions", ())}
+    return conditions.get("Ready") == "True" and not node["spec"].get("taints")
+
+
+@contextlib.contextmanager
+def fake_cluster() -> Iterator[ControlPlane]:
+    """Give a control plane with two nodes of 8 GPUs, all of it gone afterwards.
+
+    Raises:
+        ClusterError: it cannot be had here.
+    """
+    with claimed_slot() as slot, folder_of(slot) as folder, ControlPlane(folder) as plane, fake_nodes(plane, slot):
+        yield plane
