@@ -18,7 +18,7 @@ from pdsim.virtual.judge import Case, Source, run
 from pdsim.virtual.synthetic import SHAPES, Shape
 
 SEEDS = 5
-SPEEDS = (6.0, 4.0, 8.0, 1.0)
+SPEEDS = (6.0, 4.0, 1.0, 8.0)
 BASELINE, OURS = "llmd_pd_guide", "pd_cost"
 KEPT = Path(".build/policies.json")
 PAGE = Path("docs/policies.md")

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from .commands import TOKEN, Pdctl
-from .control_plane import BIN, ROOT, ControlPlane, folder_of
-from .fake_nodes import claimed_slot
+from .control_plane import BIN, ROOT, ControlPlane
+from .slots import claimed_slot, folder_of
 
 QUICK = ("--fail-unschedulable-after", "3")
 
