@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-attack fuzz compiled chaos churn validate policies referee cluster e2e upstream-tests test-engines docs clean
+.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-client bench-attack fuzz compiled chaos churn validate policies referee cluster e2e upstream-tests test-engines docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,7 @@ $(STAMP): $(UV) uv.lock pyproject.toml cli/pyproject.toml router/pyproject.toml 
 
 tools: setup ## Programs that the tests of the charts call, into .tools: linked, or built with Go and kept for the next time
 	@bash scripts/tools.sh
+	@bash scripts/browser.sh
 
 charts: tools ## Write each chart's README and schema from the comments of its values, and the rendered deployment
 	@$(BIN)/python scripts/charts.py
@@ -61,6 +62,9 @@ compiled: setup ## The router compiled by mypyc, in .build/router (half a minute
 
 bench-router: setup ## CPU, latency and memory of the router beside vllm-router and nginx (10 minutes; REPORT=docs/performance.md writes the table there)
 	@$(BIN)/python bench/router/run.py $(if $(REPORT),--report $(REPORT))
+
+bench-client: setup ## The load generator beside the real vllm bench serve, and its cost a token (10 minutes; VLLM=PROGRAM)
+	@$(BIN)/python bench/client/agreement.py --vllm "$(VLLM)"
 
 bench-attack: setup ## What attacks cost other clients: p99 of ordinary requests without and with each (5 minutes; REPORT=docs/security.md writes the table there)
 	@$(BIN)/python bench/router/attack.py $(if $(REPORT),--report $(REPORT))

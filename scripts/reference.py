@@ -14,11 +14,14 @@ from pdsim.referee.app import cases_markdown
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 COMMANDS = (
-    "deploy", "status", "top", "logs", "metrics", "routing", "doctor", "bench", "port-forward", "scale", "rollout",
-    "render", "diff", "record", "replay", "plan", "tune", "calibrate", "cleanup",
+    "deploy", "status", "top", "logs", "metrics", "routing", "doctor", "bench", "compare", "sweep", "report", "eval",
+    "runs", "record", "replay", "plan", "tune", "calibrate", "port-forward", "scale", "rollout", "render",
+    "diff", "cleanup",
 )  # fmt: skip
+RUNS = ("ls", "show", "rm", "export")
 CALLS = [
-    ["pdctl"], *(["pdctl", command] for command in COMMANDS), ["pdrouter"], ["pdsim.engine"],
+    ["pdctl"], *(["pdctl", command] for command in COMMANDS),
+    *(["pdctl", "runs", command] for command in RUNS), ["pdrouter"], ["pdsim.engine"],
     ["pdsim.referee"],
 ]  # fmt: skip
 PROGRAMS = {"pdctl": "pdctl", "pdrouter": "pd-router", "pdsim.engine": "pd-engine-sim", "pdsim.referee": "pd-referee"}

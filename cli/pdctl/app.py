@@ -10,9 +10,11 @@ from pdctl.commands.bench import bench
 from pdctl.commands.calibrate import calibrate
 from pdctl.commands.change import rollout, scale
 from pdctl.commands.cleanup import cleanup
+from pdctl.commands.compare import compare
 from pdctl.commands.deploy import deploy
 from pdctl.commands.diff import diff
 from pdctl.commands.doctor import doctor
+from pdctl.commands.eval import eval_
 from pdctl.commands.logs import logs
 from pdctl.commands.metrics import metrics
 from pdctl.commands.plan import plan
@@ -20,8 +22,11 @@ from pdctl.commands.port_forward import port_forward
 from pdctl.commands.record import record
 from pdctl.commands.render import render
 from pdctl.commands.replay import replay
+from pdctl.commands.report import report
 from pdctl.commands.routing import routing
+from pdctl.commands.runs import runs
 from pdctl.commands.status import status
+from pdctl.commands.sweep import sweep
 from pdctl.commands.top import top
 from pdctl.commands.tune import tune
 from pdctl.console import print_error
@@ -31,8 +36,8 @@ EPILOG = (
     "Exit status: 0 done, 1 failed, 2 wrong usage, 3 something needed is missing or taken, 4 timed out, 130 Ctrl-C."
 )
 COMMANDS = (
-    deploy, status, top, logs, metrics, routing, doctor, bench, port_forward, scale, rollout, render, diff,
-    record, replay, plan, tune, calibrate, cleanup,
+    deploy, status, top, logs, metrics, routing, doctor, bench, compare, sweep, report, record, replay, plan,
+    tune, calibrate, port_forward, scale, rollout, render, diff, cleanup,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -54,6 +59,8 @@ def configured(context: typer.Context) -> None:
 
 for command in COMMANDS:
     app.command(epilog=EPILOG)(command)
+app.command("eval", epilog=EPILOG)(eval_)
+app.add_typer(runs, name="runs", epilog=EPILOG)
 
 
 def main() -> None:

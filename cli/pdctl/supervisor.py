@@ -1,6 +1,7 @@
-"""`python -m pdctl.supervisor NAME`: starts a local deployment's processes and notes how they end; SIGTERM stops all.
+"""`python -m pdctl.supervisor NAME [PARENT]`: starts a local deployment's processes and notes how they end.
 
-It runs in a session of its own and outlives the command that started it. Its children are killed when it dies.
+It runs in a session of its own and outlives the command that started it, unless that gave its process id as PARENT:
+then it ends when that does, and leaves no files. SIGTERM stops all. Its children are killed when it dies.
 """
 
 import contextlib
@@ -14,13 +15,14 @@ from types import FrameType
 
 import psutil
 
-from pdctl.deployment import Deployment, load, locked
+from pdctl.deployment import Deployment, load, locked, remove
 
 GRACE_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent is gone; for `preexec_fn`."""
     with contextlib.suppress(OSError, AttributeError):  # only Linux has it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -34,7 +36,7 @@ def _start(deployment: Deployment) -> dict[str, subprocess.Popen[bytes]]:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 the supervisor has one thread
+                preexec_fn=die_with_parent,  # noqa: PLW1509 the supervisor has one thread
             )
         started[member.name] = child
         member.pid = child.pid
@@ -70,8 +72,8 @@ class _Stopped(Exception):  # noqa: N818 a signal, not an error
     pass
 
 
-def main(name: str) -> int:
-    """Supervise until told to stop."""
+def main(name: str, parent: int | None = None) -> int:
+    """Supervise until told to stop, or until the parent is gone where one is given."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stopped
@@ -95,14 +97,18 @@ def main(name: str) -> int:
                 time.sleep(0.2)
                 if _reap(deployment, children):
                     deployment.save()
+                if parent is not None and os.getppid() != parent:
+                    raise _Stopped
         except _Stopped:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
             _stop(children)
             _reap(deployment, children)
             deployment.save()
+    if parent is not None and os.getppid() != parent:
+        remove(name)  # nobody else will
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None))

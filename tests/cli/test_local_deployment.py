@@ -9,52 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from support.processes import until
+from support.shell import Shell
 
-PDCTL = [sys.executable, "-m", "pdctl"]
 SMALL = ["--prefill", "1", "--decode", "1", "--speed", "20", "-y"]
-
-
-class Shell:
-    """Runs pdctl with a state folder of its own."""
-
-    def __init__(self, state: Path) -> None:
-        self.environment = os.environ | {"XDG_STATE_HOME": str(state), "NO_COLOR": "1"}
-        self.environment.pop("PYTHONPATH", None)
-        self.state = state / "pdctl"
-
-    def run(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        environment = self.environment | options.pop("environment", {})
-        return subprocess.run(
-            [*PDCTL, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False,
-            cwd=self.state.parent, stdin=subprocess.DEVNULL, **options,
-        )  # fmt: skip
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*PDCTL, *arguments], env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=self.state.parent, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-
-    def processes(self) -> list[psutil.Process]:
-        """Everything that runs for deployments of this shell."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("XDG_STATE_HOME") == str(self.state.parent):
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return [process for process in found if process.pid != os.getpid()]
-
-    def told(self, *arguments: str) -> Any:
-        return json.loads(self.run(*arguments, "--json").stdout)
 
 
 @pytest.fixture

@@ -1,179 +1,205 @@
-"""`pdctl bench`: a load, the table, the JSON."""
+"""`pdctl bench`: a load, the table, the JSON, a run in the store."""
 
-import asyncio
-import contextlib
-import os
-import platform
 import re
-from collections import Counter
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
-import numpy as np
 import orjson
 import typer
-import uvloop
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from click import get_current_context
 
-from pdctl.bench.client import Record
-from pdctl.bench.load import Outcome, Workload, run
-from pdctl.bench.prompts import random_ids, random_texts
-from pdctl.bench.result import result, table
+from pdctl.bench import vllm
+from pdctl.bench.measure import Client, measure, warnings
+from pdctl.bench.repeats import spread
+from pdctl.bench.result import table
+from pdctl.bench.workload import Workload
+from pdctl.commands import loads
+from pdctl.commands.loads import client_of, slos_of, workload_of
 from pdctl.commands.options import Context, Json, Name, Namespace
+from pdctl.commands.progress import counted
 from pdctl.console import err, out, print_json
 from pdctl.errors import ExitCode, PdctlError
-from pdctl.targets import Health, Target, find
+from pdctl.interrupt import interruptible
+from pdctl.runs import Run, Store
+from pdctl.runs.setting import Place, command, machine, placed, versions
 
-STRETCH_LIMIT = 1.10
-LAG_LIMIT_SECONDS = 0.010
+
+class Generator(StrEnum):
+    """Who makes the load."""
+
+    PDCTL = "pdctl"
+    VLLM = "vllm"
 
 
 def bench(
-    num_prompts: Annotated[int, typer.Argument(min=1, help="Prompts in all.")] = 100,
-    concurrency: Annotated[int, typer.Argument(min=1, help="Prompts at once.")] = 16,
-    input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 2000,
-    output_len: Annotated[int, typer.Option(min=1, help="Tokens that each request generates.")] = 2000,
+    num_prompts: loads.NumPrompts = 100,
+    concurrency: loads.Concurrency = None,
+    input_len: loads.InputLen = 2000,
+    output_len: loads.OutputLen = 2000,
+    rate: loads.Rate = None,
+    burstiness: loads.Burstiness = 1.0,
+    ramp: loads.RampText = None,
+    trace: loads.TraceFile = None,
+    trace_speed: loads.TraceSpeed = 1.0,
+    longest_input: loads.LongestInput = None,
+    turns: loads.Turns = 1,
+    shared_prefix: loads.SharedPrefix = 0,
+    think: loads.Think = 0.0,
+    abort: loads.Abort = 0.0,
+    warmup: loads.Warmup = 0,
+    repeats: loads.Repeats = 1,
+    slo: loads.Slos = None,
     name: Name = None,
     namespace: Namespace = None,
     context: Context = None,
     url: Annotated[str | None, typer.Option(help="Any OpenAI server instead of a deployment.")] = None,
     model: Annotated[str | None, typer.Option(help="Served model name.", show_default="what the server serves")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = 0,
-    output: Annotated[
-        Path | None, typer.Option(help="Where the JSON goes.", show_default="a name as vllm bench gives it, here")
+    seed: loads.Seed = 0,
+    prompts: loads.Spelled = loads.Prompts.AUTO,
+    client: Annotated[
+        Generator,
+        typer.Option(help="Who makes the load; vllm: the real vllm bench serve, by PDCTL_VLLM or from PATH."),
+    ] = Generator.PDCTL,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer for --client vllm.", show_default="the served model's")
     ] = None,
+    processes: loads.Processes = 1,
+    keep_caches: loads.KeepCaches = False,
+    label: loads.Label = None,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON there too.", show_default=False)] = None,
     json: Json = False,
 ) -> None:
-    """Send random prompts, so many at once, and print what `vllm bench serve` prints.
+    """Send prompts, so many at once or so many a second, and print what `vllm bench serve` prints.
 
-    Exit status 1 when a request failed.
+    Exit status 1 when a request failed. Interrupted, it reports what it has.
     """
-    with contextlib.ExitStack() as held:
-        target = None if url else find(name, namespace, context)
-        if target is not None:
-            held.callback(target.close)
-        base = url or (held.enter_context(target.reached()) if target is not None else "")
-        _bench(
-            base.rstrip("/").removesuffix("/v1"), target, num_prompts, concurrency, input_len, output_len, model, seed,
-            output, json,
-        )  # fmt: skip
-
-
-def _bench(
-    base: str, target: Target | None, num_prompts: int, concurrency: int, input_len: int, output_len: int,
-    model: str | None, seed: int, output: Path | None, json: bool,
-) -> None:  # fmt: skip
-    served = model or _served(base)
-    simulated = target is not None and target.simulated
-    make = random_texts if simulated else random_ids
-    workload = Workload(base, served, make(num_prompts, input_len, seed), output_len, concurrency)
-    before = [] if target is None else target.health()
-    outcome = Outcome()
-    interrupted = False
-    try:
-        _run(workload, outcome)
-    except KeyboardInterrupt:
-        interrupted = True
-    extra: dict[str, Any] = {
-        "input_len": input_len,
-        "output_len": output_len,
-        "seed": seed,
-        "partial": interrupted,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "url": base,
-        "errors": Counter(record.error for record in outcome.records if not record.ok),
-    }
-    told = result(workload, outcome, simulated=simulated, extra=extra)
-    path = output or Path(
-        f"openai-infqps-concurrency{concurrency}-{re.sub(r'[^A-Za-z0-9.]+', '-', served)}-{told['date']}.json"
+    slos = slos_of(slo)
+    # The deployment is reached until the command ends.
+    place = get_current_context().with_resource(placed(url, name, namespace, context, model))
+    workload = workload_of(
+        place, num_prompts, concurrency, input_len=input_len, output_len=output_len, rate=rate, burstiness=burstiness,
+        ramp=ramp, trace=trace, trace_speed=trace_speed, longest_input=longest_input, turns=turns,
+        shared_prefix=shared_prefix, think=think, abort=abort, warmup=warmup, seed=seed, prompts=prompts,
+    )  # fmt: skip
+    if client is Generator.VLLM:
+        vllm.arguments(workload, place.url, place.model, tokenizer or place.model, slos, seed)
+        vllm.program()
+    run = Store().new("bench", label)
+    run.begin(
+        about("bench", place, workload, repeats)
+        | {
+            "slos": {one.metric: one.milliseconds for one in slos},
+            "client": client.value,
+            "processes": processes,
+            "caches_reset": not keep_caches and place.target is not None,
+        }
     )
-    path.write_bytes(orjson.dumps(told))
-    if json:
-        print_json(told)
-    else:
-        what = "SIMULATED engines, modelled on H200" if simulated else "measured"
-        out.print(
-            f"[bold]{what}[/]: {served}, {input_len} tokens in, {output_len} out{' — PARTIAL' * interrupted}",
-            soft_wrap=True,
-        )
-        print(table(told))
-    err.print(f"result: {path}", soft_wrap=True)
-    _warn(before, [] if target is None else target.health(), outcome)
+    interrupted = False
+    with interruptible():
+        try:
+            for repeat in range(repeats):
+                once(run, workload, place, repeat, client_of(processes, trace, keep_caches), client, tokenizer)
+        except KeyboardInterrupt:
+            interrupted = True
+        except BaseException:
+            run.end("failed")
+            raise
+        run.end("partial" if interrupted else "done")
+    told = run.results()
+    if output:
+        output.write_bytes(orjson.dumps(told[0] if len(told) == 1 else told))
+    show(run, json)
     if interrupted:
         raise PdctlError(
-            f"interrupted after {len(outcome.records)} of {num_prompts} requests; these figures are partial",
-            "run the command again for a whole run",
+            f"interrupted after {len(run.records())} of {num_prompts * repeats} requests; these figures are partial",
+            f"they are kept as {run.name}; run the command again for a whole run",
             ExitCode.INTERRUPTED,
         )
-    if told["failed"]:
-        reasons = [f"{count} x {reason}" for reason, count in extra["errors"].most_common(5)]
-        raise PdctlError(f"{told['failed']} of {num_prompts} requests failed", _after_failure(target), evidence=reasons)
+    judge(told, place)
 
 
-def _after_failure(target: Target | None) -> str:
-    return "look at the server's log" if target is None else f"look at pdctl status and pdctl logs{target.flags}"
+def about(kind: str, place: Place, workload: Workload, repeats: int) -> dict[str, Any]:
+    """Give what a run writes down when it begins."""
+    return {
+        "kind": kind,
+        "command": command(),
+        "versions": versions(),
+        "machine": machine(),
+        "workload": workload.told(),
+        "repeats": repeats,
+        **place.told(),
+    }
 
 
-def _served(base: str) -> str:
-    try:
-        answer = httpx.get(base + "/v1/models", timeout=10)
-        answer.raise_for_status()
-        served: str = answer.json()["data"][0]["id"]
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        raise PdctlError(
-            f"{base}/v1/models does not tell a model: {error}",
-            "check that the server runs, or name the model by --model",
-        ) from error
-    return served
+def once(
+    run: Run, workload: Workload, place: Place, repeat: int, client: Client, generator: Generator, tokenizer: str | None
+) -> None:
+    """Measure one repeat with its progress on the terminal."""
+    repeats = run.about["repeats"]
+    what = run.name if repeats == 1 else f"{run.name} {repeat + 1}/{repeats}"
+    with counted(what, workload.num_prompts, f"{workload.title()}, against {place.url}") as on_progress:
+        if generator is Generator.VLLM:
+            vllm.measure(run, workload, place, repeat, tokenizer, on_progress)
+        else:
+            measure(run, workload, place, repeat, client, on_progress)
 
 
-def _run(workload: Workload, outcome: Outcome) -> None:
-    total = len(workload.prompts)
-    columns = (
-        TextColumn("bench"),
-        BarColumn(30),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[failed]}"),
+def show(run: Run, json: bool) -> None:
+    """Print a run's tables, or its JSON, and where it is kept."""
+    told = run.results()
+    if json:
+        print_json(told[0] if len(told) == 1 else told)
+    else:
+        what = "SIMULATED engines, modelled on H200" if run.simulated else "measured"
+        partial = any(one["pdctl"].get("partial") for one in told)
+        out.print(
+            f"[bold]{what}[/]: {run.about['model']}, {run.workload.title()}{' — PARTIAL' * partial}", soft_wrap=True
+        )
+        for one in told[-1:]:
+            print(table(one))
+        if len(told) > 1:
+            print(spread(told))
+        for one in told[-1:]:
+            for line in _ours(one):
+                out.print(line, soft_wrap=True)
+    err.print(f"run: {run.name}   pdctl report {run.name}", soft_wrap=True)
+    for one in told:
+        for warning in warnings(one):
+            err.print(f"[bold yellow]warning[/]: {warning}", soft_wrap=True)
+
+
+def _ours(told: dict[str, Any]) -> list[str]:
+    """Say what vLLM's table has no line for."""
+    ours, lines = told["pdctl"], []
+    if ours.get("slos") and ours.get("slo_attainment") is not None:
+        wished = ", ".join(f"{metric} ≤ {limit:g} ms" for metric, limit in ours["slos"].items())
+        lines.append(f"{ours['slo_attainment']:.1%} of requests met {wished}")
+    if ours.get("aborted"):
+        lines.append(f"{ours['aborted']} requests were left by their client, as asked; they are in no figure above")
+    if stretch := ours.get("stretch"):
+        lines.append(f"simulated decode steps took {stretch:.3f} times their modelled length")
+    return lines
+
+
+def judge(told: list[dict[str, Any]], place: Place) -> None:
+    """Fail when a request failed.
+
+    Raises:
+        PdctlError: at least one did.
+    """
+    failed = sum(one["failed"] for one in told)
+    if not failed:
+        return
+    reasons: dict[str, int] = {}
+    for one in told:
+        for reason, count in one["pdctl"]["errors"].items():
+            alike = re.sub(r"[0-9a-f]{8,}", "…", reason)
+            reasons[alike] = reasons.get(alike, 0) + count
+    evidence = [f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:5]]
+    flags = place.target.flags if place.target else None
+    raise PdctlError(
+        f"{failed} of {sum(one['completed'] for one in told) + failed} requests failed",
+        "look at the server's log" if flags is None else f"look at pdctl status and pdctl logs{flags}",
+        evidence=evidence,
     )
-    with Progress(*columns, console=err, disable=not err.is_terminal, refresh_per_second=4) as progress:
-        task = progress.add_task("bench", total=total, failed="")
-        if not err.is_terminal:
-            err.print(f"bench: {total} prompts, {workload.concurrency} at once, against {workload.url}", soft_wrap=True)
-
-        def on_done(record: Record) -> None:
-            failed = sum(not one.ok for one in outcome.records)
-            progress.update(task, advance=1, failed=f"{failed} failed" if failed else "")
-
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(run(workload, outcome, on_done))
-
-
-def _warn(before: list[Health], after: list[Health], outcome: Outcome) -> None:
-    """Say it when this machine was too slow for what it simulated or measured."""
-    stretch = _stretch(before, after)
-    if stretch > STRETCH_LIMIT:
-        err.print(
-            f"[bold yellow]warning[/]: this machine was too slow: decode steps took {stretch:.2f} times their "
-            "modelled length; use fewer engines, less load, or a lower --speed",
-            soft_wrap=True,
-        )
-    elif stretch:
-        err.print(f"simulated decode steps took {stretch:.3f} times their modelled length: the machine kept up")
-    if outcome.lags and (lag := float(np.percentile(outcome.lags, 99))) > LAG_LIMIT_SECONDS:
-        err.print(
-            f"[bold yellow]warning[/]: the load generator itself was late by {lag * 1e3:.0f} ms (p99); "
-            "first-token and inter-token times include that",
-            soft_wrap=True,
-        )
-
-
-def _stretch(before: list[Health], after: list[Health]) -> float:
-    """Give real over modelled time of the decode steps between two looks; 0 when there were none."""
-
-    def total(parts: list[Health], key: str) -> float:
-        return sum(float(part.details["clock"][key]) for part in parts if "clock" in part.details)
-
-    modelled = total(after, "decode_modelled_seconds") - total(before, "decode_modelled_seconds")
-    return (total(after, "decode_seconds") - total(before, "decode_seconds")) / modelled if modelled > 0 else 0.0

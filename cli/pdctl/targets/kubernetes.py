@@ -139,6 +139,17 @@ class KubernetesTarget:
                 return self._fetch(pod, self._engine_port(pod.role), "/sim/state") is not None
         return False
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it was set up."""
+        told: dict[str, Any] = {"where": "kubernetes", "namespace": self.name}
+        for thing in self._deployments:
+            role = thing["metadata"]["labels"].get("llm-d.ai/role")
+            if role in ("prefill", "decode"):
+                told[role] = thing["spec"].get("replicas", 1)
+                told["image"] = thing["spec"]["template"]["spec"]["containers"][0]["image"]
+        return told
+
     def _engine_port(self, role: str) -> int:
         for thing in self._deployments:
             if thing["metadata"]["labels"].get("llm-d.ai/role") == role:

@@ -168,6 +168,19 @@ class LocalTarget:
         self.router_url = known.router_url
         self.model = known.model
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it was set up."""
+        known = self._deployment
+        return {
+            "where": "local",
+            "prefill": len(known.of_role("prefill")),
+            "decode": len(known.of_role("decode")),
+            "router": "pd-router",
+            "policy": known.policy,
+            "speed": known.speed,
+        }
+
     @classmethod
     def find(cls, name: str) -> "LocalTarget":
         """Find a deployment.
@@ -177,8 +190,8 @@ class LocalTarget:
         """
         return cls(deployment.load(name))
 
-    def start(self, timeout: float, on_ready: Callable[[Member, float], None]) -> None:
-        """Start a planned deployment and wait until every part answers.
+    def start(self, timeout: float, on_ready: Callable[[Member, float], None], bound: bool = False) -> None:
+        """Start a planned deployment and wait until every part answers; one that is bound ends with this process.
 
         Raises:
             PdctlError: a part ended or did not answer in time; everything has been stopped again.
@@ -189,7 +202,7 @@ class LocalTarget:
         known.save()
         with known.log("supervisor").open("ab") as log:
             supervisor = subprocess.Popen(
-                [sys.executable, "-m", "pdctl.supervisor", known.name],
+                [sys.executable, "-m", "pdctl.supervisor", known.name, *([str(os.getpid())] if bound else [])],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         try:

@@ -114,6 +114,10 @@ class Target(Protocol):
     def simulated(self) -> bool:
         """Whether its engines are simulated."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it was set up: where, engines of each role, image or policy, as far as that is known."""
+
     def reached(self, port: int = 0) -> AbstractContextManager[str]:
         """Give a URL of the router that this machine reaches, for as long as the context lasts."""
 

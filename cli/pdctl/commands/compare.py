@@ -1,0 +1,255 @@
+"""`pdctl compare`: runs side by side, or routers in turn before the same engines."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.table import Table
+
+from pdctl import deployment
+from pdctl.bench.measure import Progress as OnProgress
+from pdctl.bench.measure import worst
+from pdctl.bench.workload import Workload
+from pdctl.commands import loads
+from pdctl.commands.bench import about
+from pdctl.commands.loads import client_of, slos_of, workload_of
+from pdctl.commands.options import Json
+from pdctl.commands.progress import counted
+from pdctl.compare.contender import Contender, contenders
+from pdctl.compare.difference import check_alike
+from pdctl.compare.live import compare as take_turns
+from pdctl.compare.live import fleet
+from pdctl.compare.told import Comparison, comparison, title
+from pdctl.console import err, out, print_json
+from pdctl.errors import ExitCode, PdctlError
+from pdctl.interrupt import interruptible
+from pdctl.report.write import write
+from pdctl.runs import Run, Store
+from pdctl.runs.setting import Place
+
+COLOURS = {"better": "green", "worse": "red"}
+
+
+def compare(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Runs to compare with the first; with --routers: prompts and concurrency, such as 200 32.",
+                       metavar="RUN RUN...", show_default=False),
+    ] = None,
+    routers: Annotated[
+        str | None,
+        typer.Option(help="Measure routers in turn: ours, vllm-router, llm-d-policies, each perhaps with :POLICY.",
+                     show_default=False),
+    ] = None,
+    on: Annotated[str, typer.Option(help="Where the engines are; local: simulated ones on this machine.")] = "local",
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="A deployment whose engines are used.", show_default="engines of its own"),
+    ] = None,
+    prefill: Annotated[int, typer.Option(min=1, help="Prefill engines.")] = 8,
+    decode: Annotated[int, typer.Option(min=1, help="Decode engines.")] = 8,
+    speed: Annotated[float, typer.Option(min=0.01, help="How much faster than an H200 simulated engines run.")] = 1.0,
+    input_len: loads.InputLen = 2000,
+    output_len: loads.OutputLen = 2000,
+    rate: loads.Rate = None,
+    burstiness: loads.Burstiness = 1.0,
+    trace: loads.TraceFile = None,
+    trace_speed: loads.TraceSpeed = 1.0,
+    longest_input: loads.LongestInput = None,
+    turns: loads.Turns = 1,
+    shared_prefix: loads.SharedPrefix = 0,
+    think: loads.Think = 0.0,
+    warmup: loads.Warmup = 8,
+    repeats: loads.Repeats = 3,
+    slo: loads.Slos = None,
+    seed: loads.Seed = 0,
+    processes: loads.Processes = 1,
+    label: loads.Label = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with a comparison that was interrupted.", show_default=False)
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the report there too.", show_default=False)] = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Compare runs, or routers in turn before the same engines: changes with intervals, and whether they are noise.
+
+    Loads that differ are refused.
+    """
+    if routers is None and resume is None:
+        runs = [Store().find(one) for one in names or ()]
+        if len(runs) == 1 and runs[0].kind == "compare":
+            _show(comparison(runs[0].points, paired=True), json)
+            return
+        if len(runs) < 2:
+            raise PdctlError(
+                "a comparison needs two runs",
+                "pdctl compare RUN RUN, or pdctl compare --routers ours,vllm-router 200 32",
+                ExitCode.USAGE,
+            )
+        check_alike(runs)
+        _show(comparison(runs), json)
+        return
+    if on != "local":
+        raise PdctlError(f"routers cannot be compared on {on!r} yet", "use --on local", ExitCode.USAGE)
+    if resume is not None:
+        run = _resumed(resume)
+        asked = run.about
+        fleet_of, chosen = asked["wished_fleet"], [Contender(**one) for one in asked["contenders"]]
+        workload, repeats = run.workload, asked["repeats"]
+        trace = Path(asked["trace"]) if asked["trace"] else None
+    else:
+        assert routers is not None
+        chosen = contenders(routers)
+        count, at_once = _numbers(names)
+        workload = workload_of(
+            Place("", "", served={"simulated": True}), count, at_once, input_len=input_len, output_len=output_len,
+            rate=rate, burstiness=burstiness, ramp=None, trace=trace, trace_speed=trace_speed,
+            longest_input=longest_input, turns=turns, shared_prefix=shared_prefix, think=think, abort=0.0,
+            warmup=warmup, seed=seed, prompts=loads.Prompts.TEXT,
+        )  # fmt: skip
+        fleet_of = {"name": name, "prefill": prefill, "decode": decode, "speed": speed}
+        run = Store().new("compare", label)
+    slos = {one.metric: one.milliseconds for one in slos_of(slo)} if resume is None else run.about["slos"]
+    with interruptible(), _keeping(run), fleet(**fleet_of, say=_say) as target:
+        if resume is None:
+            place = Place(target.router_url, target.model, target, target.settings)
+            run.begin(
+                about("compare", place, workload, repeats)
+                | {
+                    "slos": slos,
+                    "points": [one.name for one in chosen],
+                    "contenders": [{"router": one.router, "policy": one.policy} for one in chosen],
+                    "wished_fleet": fleet_of,
+                    "trace": str(trace.resolve()) if trace else None,
+                    "processes": processes,
+                }
+            )
+        else:
+            run.resume()
+            processes = run.about["processes"]
+
+        def about_point(contender: Contender, place: Place) -> dict[str, Any]:
+            told = about("bench", place, workload, repeats)
+            return told | {"slos": slos, "title": contender.title, "client": "pdctl", "caches_reset": True}
+
+        with _Turns(run, workload, repeats) as progress:
+            take_turns(
+                run, about_point, chosen, deployment.load(target.name), target, workload, repeats,
+                client_of(processes, trace), progress.begin, _say,
+            )  # fmt: skip
+        run.end("done")
+    _finish(run, report, json)
+
+
+def _numbers(names: list[str] | None) -> tuple[int, int | None]:
+    try:
+        numbers = [int(one) for one in names or ()]
+        if any(number < 1 for number in numbers) or len(numbers) > 2:
+            raise ValueError
+    except ValueError:
+        raise PdctlError(
+            f"{' '.join(names or ())!r} are not a number of prompts and a concurrency",
+            "as in pdctl compare --routers ours,vllm-router 200 32",
+            ExitCode.USAGE,
+        ) from None
+    return (numbers[0] if numbers else 200), (numbers[1] if len(numbers) > 1 else None)
+
+
+def _resumed(name: str) -> Run:
+    run = Store().find(name)
+    if run.kind != "compare" or run.state in ("running", "done"):
+        raise PdctlError(f"{run.name} is no interrupted comparison ({run.kind}, {run.state})", "see pdctl runs ls")
+    return run
+
+
+def _say(text: str) -> None:
+    err.print(text, style="dim", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _keeping(run: Run) -> Iterator[None]:
+    """Write down how it ended when it did not end well."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not run.exists:
+            raise
+        run.end("partial")
+        raise PdctlError(
+            "interrupted; what was measured is kept",
+            f"go on with pdctl compare --resume {run.name}, or see pdctl compare {run.name}",
+            ExitCode.INTERRUPTED,
+        ) from None
+    except BaseException:
+        if run.exists:
+            run.end("failed")
+        raise
+
+
+class _Turns(contextlib.ExitStack):
+    """Progress of one contender after the other."""
+
+    def __init__(self, run: Run, workload: Workload, repeats: int) -> None:
+        super().__init__()
+        self._run, self._workload, self._repeats = run, workload, repeats
+
+    def begin(self, contender: Contender, repeat: int) -> OnProgress:
+        """End the progress before, begin another."""
+        self.close()
+        what = f"{contender.title} {repeat + 1}/{self._repeats}"
+        return self.enter_context(counted(what, self._workload.num_prompts, self._workload.title()))
+
+
+def _finish(run: Run, report: Path | None, json: bool) -> None:
+    _show(comparison(run.points, paired=True), json)
+    for point in run.points:
+        for warning in worst(point.results()):
+            err.print(f"[bold yellow]warning[/]: {point.name}: {warning}", soft_wrap=True)
+    page = run.folder / "report.html"
+    write(run, page)
+    if report is not None:
+        write(run, report)
+    err.print(f"run: {run.name}   report: {report or page}", soft_wrap=True)
+
+
+def _show(told: Comparison, json: bool) -> None:
+    if json:
+        print_json(orjson.loads(orjson.dumps(told.told(), option=orjson.OPT_NON_STR_KEYS)))
+        return
+    kinds = {run.simulated for run in told.runs}
+    what = "SIMULATED engines, modelled on H200" if kinds == {True} else "measured" if kinds == {False} else None
+    out.print(f"[bold]{what or '[yellow]SIMULATED beside measured[/]'}[/]: {told.runs[0].workload.title()}",
+              soft_wrap=True)  # fmt: skip
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("")
+    for number, run in enumerate(told.runs):
+        table.add_column(f"{name_of(run)}{'' if number else ' (base)'}", justify="right", overflow="fold")
+        if number:
+            table.add_column("change (95 %)", justify="right")
+            table.add_column("")
+    for metric in told.figures[0]:
+        row = [title(metric), told.figures[0][metric].text()]
+        for figures, found in zip(told.figures[1:], told.others, strict=True):
+            one = next((one for one in found if one.metric == metric), None)
+            row += [figures[metric].text() if metric in figures else "", one.told() if one else ""]
+            row.append(_verdict(one.verdict) if one else "")
+        table.add_row(*row)
+    out.print(table)
+    for effect in told.effects if len(told.runs) > 2 else ():
+        out.print(f"[bold]{effect.title}[/]", soft_wrap=True)
+        for one in effect.differences:
+            out.print(f"  {title(one.metric):<34} {one.told():<32} {_verdict(one.verdict)}")
+    if any(one.verdict == "one run each" for found in told.others for one in found):
+        out.print("One run each cannot tell a difference from noise; measure with --repeats 3 or more.")
+
+
+def name_of(run: Run) -> str:
+    """Give what tables call a run."""
+    return str(run.about.get("title") or run.name)
+
+
+def _verdict(verdict: str) -> str:
+    return f"[{COLOURS.get(verdict, 'dim')}]{verdict}[/]"

@@ -1,0 +1,1 @@
+"""Runs as pages: one HTML file that needs no network, and Markdown."""
