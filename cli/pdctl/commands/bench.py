@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import orjson
 import typer
-from click import get_current_context
 
 from pdctl.bench import vllm
 from pdctl.bench.measure import Client, measure, warnings
@@ -33,6 +32,7 @@ class Generator(StrEnum):
 
 
 def bench(
+    here: typer.Context,
     num_prompts: loads.NumPrompts = 100,
     concurrency: loads.Concurrency = None,
     input_len: loads.InputLen = 2000,
@@ -76,7 +76,7 @@ def bench(
     """
     slos = slos_of(slo)
     # The deployment is reached until the command ends.
-    place = get_current_context().with_resource(placed(url, name, namespace, context, model))
+    place = here.with_resource(placed(url, name, namespace, context, model))
     workload = workload_of(
         place, num_prompts, concurrency, input_len=input_len, output_len=output_len, rate=rate, burstiness=burstiness,
         ramp=ramp, trace=trace, trace_speed=trace_speed, longest_input=longest_input, turns=turns,

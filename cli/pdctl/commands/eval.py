@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import orjson
 import typer
-from click import get_current_context
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pdctl.commands.loads import Label
@@ -26,6 +25,7 @@ from pdctl.runs.setting import Place, command, machine, placed, versions
 
 
 def eval_(
+    here: typer.Context,
     task: Annotated[str, typer.Argument(help="A task or group of lm_eval, or several with commas.")] = "gsm8k",
     concurrency: Annotated[int, typer.Argument(min=1, help="Requests at once.")] = 1,
     limit: Annotated[
@@ -70,14 +70,15 @@ def eval_(
         if run.kind != "eval" or run.state in ("running", "done"):
             raise PdctlError(f"{run.name} is no interrupted evaluation ({run.kind}, {run.state})", "see pdctl runs ls")
         wish, asked = Wish(**run.about["wish"]), run.about["asked"]
-        place = _place(**asked)
+        # The deployment is reached until the command ends.
+        place = here.with_resource(placed(**asked))
         parity, against = run.about["parity"], run.about["against"]
     else:
         wish = Wish(
             task, concurrency, limit, num_fewshot, str(include_path.resolve()) if include_path else None, tokenizer
         )
         asked = {"url": url, "name": name, "namespace": namespace, "context": context, "model": model}
-        place = _place(**asked)
+        place = here.with_resource(placed(**asked))
         against = _alone(place, against) if parity else None
         run = Store().new("eval", label)
         run.begin(
@@ -111,11 +112,6 @@ def eval_(
         found = _doubts(run, told)
         run.end("done", warnings=found)
     _show(run, told, found, alone, json)
-
-
-def _place(**asked: str | None) -> Place:
-    """Find what is evaluated; a deployment is reached until the command ends."""
-    return get_current_context().with_resource(placed(**asked))
 
 
 def _alone(place: Place, against: str | None) -> str:
