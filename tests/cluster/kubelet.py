@@ -241,7 +241,7 @@ class Pod:
         if container in self.containers:
             self.phase = "Running"
         if self.fault("out-of-memory"):
-            asyncio.get_running_loop().call_later(0.5, container.signal, signal.SIGKILL)
+            asyncio.get_running_loop().call_later(0.05, container.signal, signal.SIGKILL)
         await self._say()
         await self._event("Normal", "Started", f"Container started: {container.spec['name']}")
         probing = asyncio.create_task(self._probe(container, began))

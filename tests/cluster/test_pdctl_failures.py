@@ -108,6 +108,9 @@ def test_a_container_that_needs_more_memory_is_told_from_one_that_crashes(pdctl:
 
 
 def test_pods_without_a_node_are_told_in_the_schedulers_words_after_a_warning(pdctl: Pdctl) -> None:
+    # All 16 GPUs are to be free: engines of the test before may still be on their way out.
+    engines = {"labelSelector": "llm-d.ai/role"}
+    pdctl.until(lambda: not pdctl.plane.api.get("/api/v1/pods", params=engines).json()["items"], "no engine is left")
     failed = pdctl.deploy(*QUICK, prefill=8, decode=9)
     failed.says(
         1, "warn  room on nodes", "17 GPUs wanted, 16 free on 2 nodes", "unschedulable: ",
