@@ -63,8 +63,12 @@ class Running:
         self.process.send_signal(signal.SIGINT)
 
     def end(self, seconds: float = 120) -> "Ended":
-        """Wait for its end."""
-        self.process.wait(seconds)
+        """Wait for its end; fail with what it said when it does not come."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"it does not end within {seconds} s: {self.out}{self.err}") from None
         for reader in self._readers:
             reader.join()
         for stream in (self.process.stdout, self.process.stderr):

@@ -80,5 +80,5 @@ def test_what_an_uninstall_leaves_in_the_namespace_is_what_was_there_before(clus
     here.until_ready("ms-tiny", 2)
     here.until_ready("router", 1)
     for release in ("router", "ms-tiny"):
-        here.helm("uninstall", release, "--wait", "--cascade", "foreground")
+        here.helm("uninstall", release, "--cascade", "foreground")
     cluster.until(lambda: here.kubectl("get", kinds, "-o", "name") == before, "nothing is left")

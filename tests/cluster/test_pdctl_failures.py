@@ -18,6 +18,7 @@ import yaml
 
 from .commands import TOKEN, Pdctl
 from .control_plane import BIN, ROOT, ControlPlane
+from .fake_nodes import fake_cluster
 from .slots import claimed_slot, folder_of
 
 QUICK = ("--fail-unschedulable-after", "3")
@@ -193,15 +194,16 @@ def test_a_webhook_that_does_not_answer_is_named(pdctl: Pdctl) -> None:
     pdctl.deploy().says(0, "ready ")
 
 
-def test_an_api_server_that_is_away_for_half_a_minute_is_waited_for(pdctl: Pdctl) -> None:
-    slow = pdctl.values(**pdctl.fault("start-seconds", "5"))
-    running = pdctl.start("deploy", *pdctl.deployment(values=slow))
-    running.until("prefill 1/1")
-    pdctl.plane.stop_api_server()
-    running.until("the Kubernetes API does not answer; going on when it does")
-    time.sleep(30)  # the outage itself
-    pdctl.plane.start_api_server()
-    running.end().says(0, "the API answers again", "ready ")
+def test_an_api_server_that_is_away_for_half_a_minute_is_waited_for(tmp_path: pathlib.Path) -> None:
+    with fake_cluster() as plane:  # one of its own: controllers come back to a new API server in their own time
+        pdctl = Pdctl(plane, tmp_path, "away")
+        running = pdctl.start("deploy", *pdctl.deployment(values=pdctl.values(**pdctl.fault("start-seconds", "5"))))
+        running.until("prefill 1/1")
+        plane.stop_api_server()
+        running.until("the Kubernetes API does not answer; going on when it does")
+        time.sleep(30)  # the outage itself
+        plane.start_api_server()
+        running.end().says(0, "the API answers again", "ready ")
 
 
 def test_an_install_that_was_killed_is_finished_by_the_next_deploy(pdctl: Pdctl) -> None:

@@ -157,6 +157,6 @@ def test_a_rollout_of_the_routers_costs_no_request(served: OnRealNodes) -> None:
 def test_an_uninstall_leaves_nothing_in_the_namespace(served: OnRealNodes) -> None:
     here = served.releases
     for release in (ROUTER_OF, ENGINES_OF):
-        here.helm("uninstall", release, "--wait", "--cascade", "foreground")
+        here.helm("uninstall", release, "--cascade", "foreground")
     left = ["configmap/kube-root-ca.crt", "serviceaccount/default"]
     here.cluster.until(lambda: sorted(here.kubectl("get", KINDS, "-o", "name").split()) == left, "nothing is left")
