@@ -265,6 +265,8 @@ CONNECTIONS = [
     then("9.3.2", "the second is too large", post("a") + _length(b"99999999999") + SMUGGLED, [200, 413], "a"),
     then("9.3", "HTTP/1.0 needs no Host and is closed", OLD + LENGTH + b"\r\n" + BODY, [200], "hi"),
     then("9.3", "HTTP/1.0 sends nothing ahead", OLD + LENGTH + b"\r\n" + BODY + SMUGGLED, [200], "hi"),
+    then("9.3", "HTTP/1.0 that is to be kept and closed is closed",
+         OLD + b"Connection: keep-alive\r\nConnection: close\r\n" + LENGTH + b"\r\n" + BODY + SMUGGLED, [200], "hi"),
     then("9.6", "nothing is served after close", post("a", headers=CLOSE) + SMUGGLED, [200], "a"),
     then("9.6", "nothing is served after close and a quick answer", CLOSING_HEALTH + SMUGGLED, [200]),
     then("9.6", "close among others", post("a", headers="Connection: keep-alive, Close\r\n") + SMUGGLED, [200], "a"),

@@ -67,6 +67,11 @@ class Owner(Protocol):
         """Say with which status and why a larger body is not worth reading, or None; the head is complete."""
 
 
+def _closes(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Tell whether a connection shall be closed; of an HTTP/1.0 request llhttp prefers `keep-alive` (RFC 9112 9.3)."""
+    return any(name == b"connection" and b"close" in value.lower() for name, value in headers)
+
+
 class ClientConnection:
     """Parses requests, hands them to a handler one at a time, writes answers.
 
@@ -273,7 +278,7 @@ class ClientConnection:
         request.method = parser.get_method()
         version = parser.get_http_version()
         request.old = version == "1.0"
-        request.keep_alive = parser.should_keep_alive()
+        request.keep_alive = parser.should_keep_alive() and not (request.old and _closes(request.headers))
         if size > self.owner.limits.head:
             self._head_too_large()
         elif request.method == b"CONNECT":
