@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from pdctl.commands.options import Json
-from pdctl.commands.replay import cells
 from pdctl.commands.virtual import (
     Gpu,
     Jobs,
@@ -20,14 +18,18 @@ from pdctl.commands.virtual import (
     SloItl,
     SloTtft,
     Text,
+    bytes_a_second,
+    cells,
+    figures_table,
+    interval,
+    known_policy,
     parts,
     profile_of,
     simulated,
     told_source,
 )
 from pdctl.console import err, out, print_json
-from pdctl.errors import ExitCode, PdctlError
-from pdrouter.policies import POLICIES
+from pdctl.errors import PdctlError
 from pdsim.virtual.figures import Slo, over_seeds
 from pdsim.virtual.fleet import Setup
 from pdsim.virtual.judge import Case
@@ -72,12 +74,11 @@ def plan(
     Says what to expect of them, where they saturate, and what to change first when more comes. All figures are
     simulated. Exit status 1 when --max-gpus is not enough.
     """
-    if policy not in POLICIES:
-        raise PdctlError(f"no policy {policy!r}", f"choose of: {', '.join(POLICIES)}", ExitCode.USAGE)
+    known_policy(policy)
     source = told_source(trace, parts(part), False, rate, requests, input_len, output_len)
     slo = Slo(slo_ttft, slo_itl)
     basis = Setup(
-        prefill_policy=policy, speed=speed, gpu=gpu, kv_tokens=kv_tokens, text=text, link=link_gbps * 1e9 / 8
+        prefill_policy=policy, speed=speed, gpu=gpu, kv_tokens=kv_tokens, text=text, link=bytes_a_second(link_gbps)
     )  # fmt: skip
     profile = profile_of(gpu)
 
@@ -116,7 +117,7 @@ def _told(found: Plan, trace: str, gpu: str, seeds: int, slo: Slo, share: float)
         "slo": {"ttft": slo.ttft, "itl": slo.itl, "share": share},
         "prefill": found.best.setup.prefill,
         "decode": found.best.setup.decode,
-        "figures": {name: {"mean": one.mean, "half": one.half} for name, one in figures.items()},
+        "figures": {name: interval(one) for name, one in figures.items()},
         "output_rate_per_gpu": figures["output_rate"].mean / engines,
         "goodput_per_gpu": figures["goodput"].mean / engines,
         "saturates_at": found.saturates_at,
@@ -131,9 +132,7 @@ def _show(told: dict[str, Any], found: Plan, emitted: Path | None) -> None:
         f"[bold]SIMULATED[/]: {told['trace']} on {told['gpu']}: [bold]{setup.prefill} prefill + {setup.decode} decode "
         f"engines[/] ({setup.prefill_policy}); ± are 95 % intervals over {told['seeds']} seeds", soft_wrap=True,
     )  # fmt: skip
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("TTFT mean s", "p50 s", "p99 s", "ITL mean ms", "p99 ms", "good/s", "hit %", "moved TB"):
-        table.add_column(name, justify="right")
+    table = figures_table()
     table.add_row(*cells(told["figures"]))
     out.print(table)
     figures = told["figures"]

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import orjson
 import typer
-from rich.table import Table
 
 from pdctl.commands.options import Json
 from pdctl.commands.virtual import (
@@ -21,6 +20,11 @@ from pdctl.commands.virtual import (
     SloItl,
     SloTtft,
     Text,
+    bytes_a_second,
+    cells,
+    figures_table,
+    interval,
+    known_policy,
     numbers,
     parts,
     simulated,
@@ -28,9 +32,8 @@ from pdctl.commands.virtual import (
     told_source,
 )
 from pdctl.console import out, print_json
-from pdctl.errors import ExitCode, PdctlError
 from pdrouter.policies import POLICIES
-from pdsim.virtual.figures import Interval, Slo, over_seeds, ratio
+from pdsim.virtual.figures import Slo, over_seeds, ratio
 from pdsim.virtual.fleet import Setup
 from pdsim.virtual.judge import Case, Source
 
@@ -70,8 +73,7 @@ def replay(
     """
     names = list(POLICIES) if policy == "all" else [name.strip() for name in policy.split(",")]
     for name in {part for pair in [*names, *([baseline] if baseline else [])] for part in pair.split("/")}:
-        if name not in POLICIES:
-            raise PdctlError(f"no policy {name!r}", f"choose of: {', '.join(POLICIES)}", ExitCode.USAGE)
+        known_policy(name)
     if baseline is not None and baseline not in names:
         names.insert(0, baseline)
     against = baseline or names[0]
@@ -103,7 +105,7 @@ def _setup(one: Setting, gpu: str, kv_tokens: int, text: bool, link_gbps: float)
     first, _, second = name.partition("/")
     return Setup(
         prefill=prefill, decode=decode, prefill_policy=first, decode_policy=second, speed=speed, gpu=gpu,
-        kv_tokens=kv_tokens, text=text, link=link_gbps * 1e9 / 8,
+        kv_tokens=kv_tokens, text=text, link=bytes_a_second(link_gbps),
     )  # fmt: skip
 
 
@@ -114,9 +116,9 @@ def _told(
     for (split, speed, name), runs in found.items():
         base = found[(split, speed, against)]
         row: dict[str, Any] = {"split": f"{split[0]}:{split[1]}", "speed": speed, "policy": name}
-        row["figures"] = {key: _interval(value) for key, value in over_seeds(runs).items()}
+        row["figures"] = {key: interval(value) for key, value in over_seeds(runs).items()}
         if name != against:
-            row["ratios"] = {key: _interval(ratio(runs, base, key)) for key in COMPARED if all(b[key] for b in base)}
+            row["ratios"] = {key: interval(ratio(runs, base, key)) for key in COMPARED if all(b[key] for b in base)}
         rows.append(row)
     return {
         "simulated": True,
@@ -129,40 +131,18 @@ def _told(
     }
 
 
-def _interval(one: Interval) -> dict[str, float]:
-    return {"mean": one.mean, "half": one.half}
-
-
 def _show(told: dict[str, Any], seeds: int) -> None:
     out.print(
         f"[bold]SIMULATED[/]: {told['trace']}, {seeds} seed{'s' * (seeds > 1)}; ± are 95 % intervals over seeds",
         soft_wrap=True,
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("engines", "speed", "policy"):
-        table.add_column(name)
-    for name in ("TTFT mean s", "p50 s", "p99 s", "ITL mean ms", "p99 ms", "good/s", "hit %", "moved TB"):
-        table.add_column(name, justify="right")
+    table = figures_table("engines", "speed", "policy")
     for row in told["rows"]:
         table.add_row(row["split"], f"{row['speed']:g}x", row["policy"], *cells(row["figures"]))
     out.print(table)
     for row in told["rows"]:
         if "ratios" in row:
             out.print(_sentence(row, told["baseline"]), soft_wrap=True)
-
-
-def cells(figures: dict[str, dict[str, float]]) -> list[str]:
-    """Write the figures of a row, with intervals where there are several seeds."""
-
-    def cell(name: str, scale: float, digits: int) -> str:
-        one = figures[name]
-        half = "" if one["half"] != one["half"] else f" ±{one['half'] * scale:.{digits}f}"
-        return f"{one['mean'] * scale:.{digits}f}{half}"
-
-    return [
-        cell("ttft_mean", 1, 3), cell("ttft_p50", 1, 3), cell("ttft_p99", 1, 2), cell("itl_mean", 1e3, 2),
-        cell("itl_p99", 1e3, 2), cell("goodput", 1, 2), cell("hit_share", 100, 1), cell("moved_bytes", 1e-12, 2),
-    ]  # fmt: skip
 
 
 def _sentence(row: dict[str, Any], baseline: str) -> str:

@@ -3,10 +3,8 @@
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from pdctl.commands.options import Json
-from pdctl.commands.replay import cells
 from pdctl.commands.virtual import (
     Gpu,
     Jobs,
@@ -19,14 +17,17 @@ from pdctl.commands.virtual import (
     SloItl,
     SloTtft,
     Text,
+    bytes_a_second,
+    cells,
+    figures_table,
+    interval,
+    known_policy,
     parts,
     simulated,
     splits,
     told_source,
 )
 from pdctl.console import err, out, print_json
-from pdctl.errors import ExitCode, PdctlError
-from pdrouter.policies import POLICIES
 from pdsim.virtual.figures import Slo, over_seeds, ratio
 from pdsim.virtual.fleet import Setup
 from pdsim.virtual.judge import Case
@@ -57,13 +58,12 @@ def tune(
     json: Json = False,
 ) -> None:
     """Propose a policy and a split of as many engines, with the gain to expect. All figures are simulated."""
-    if policy not in POLICIES:
-        raise PdctlError(f"no policy {policy!r}", f"choose of: {', '.join(POLICIES)}", ExitCode.USAGE)
+    known_policy(policy)
     source = told_source(trace, parts(part), False, rate, requests)
     prefill, decode = splits(split)[0]
     current = Setup(
         prefill=prefill, decode=decode, prefill_policy=policy, speed=speed, gpu=gpu, kv_tokens=kv_tokens, text=text,
-        link=link_gbps * 1e9 / 8,
+        link=bytes_a_second(link_gbps),
     )  # fmt: skip
     slo = Slo(slo_ttft, slo_itl)
 
@@ -84,9 +84,7 @@ def tune(
         "now": _told(now),
         "best": _told(best),
         "ratios": {
-            name: {"mean": one.mean, "half": one.half}
-            for name in ("ttft_mean", "ttft_p99", "itl_mean")
-            for one in [ratio(best.figures, now.figures, name)]
+            name: interval(ratio(best.figures, now.figures, name)) for name in ("ttft_mean", "ttft_p99", "itl_mean")
         },
     }
     if json:
@@ -100,17 +98,13 @@ def _told(trial: Trial) -> dict[str, Any]:
     return {
         "split": f"{trial.setup.prefill}:{trial.setup.decode}",
         "policy": trial.setup.prefill_policy,
-        "figures": {name: {"mean": one.mean, "half": one.half} for name, one in figures.items()},
+        "figures": {name: interval(one) for name, one in figures.items()},
     }
 
 
 def _show(told: dict[str, Any]) -> None:
     out.print(f"[bold]SIMULATED[/]: {told['trace']}; ± are 95 % intervals over {told['seeds']} seeds", soft_wrap=True)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("", "engines", "policy"):
-        table.add_column(name)
-    for name in ("TTFT mean s", "p50 s", "p99 s", "ITL mean ms", "p99 ms", "good/s", "hit %", "moved TB"):
-        table.add_column(name, justify="right")
+    table = figures_table("", "engines", "policy")
     for name in ("now", "best"):
         one = told[name]
         table.add_row(name, one["split"], one["policy"], *cells(one["figures"]))

@@ -6,10 +6,13 @@ from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from pdctl.console import err
 from pdctl.errors import ExitCode, PdctlError
+from pdrouter.policies import POLICIES
 from pdsim.timing import Profile, load_profile
+from pdsim.virtual.figures import Interval
 from pdsim.virtual.judge import SYNTHETIC, Case, Source, judge, load
 from pdsim.virtual.synthetic import SHAPES, Shape
 from pdsim.virtual.traces import TraceError
@@ -95,3 +98,47 @@ def simulated(cases: list[Case], jobs: int) -> list[dict[str, float]]:
     with Progress(*columns, console=err, disable=not err.is_terminal, refresh_per_second=4, transient=True) as progress:
         task = progress.add_task("simulating", total=len(cases))
         return judge(cases, jobs or os.cpu_count() or 1, lambda done: progress.update(task, completed=done))
+
+
+def known_policy(name: str) -> None:
+    """Refuse a policy that the router does not have.
+
+    Raises:
+        PdctlError: it has none of that name.
+    """
+    if name not in POLICIES:
+        raise PdctlError(f"no policy {name!r}", f"choose of: {', '.join(POLICIES)}", ExitCode.USAGE)
+
+
+def bytes_a_second(gbps: float) -> float:
+    """Give Gbit/s as bytes a second."""
+    return gbps * 1e9 / 8
+
+
+def interval(one: Interval) -> dict[str, float]:
+    """Give a figure over seeds as JSON."""
+    return {"mean": one.mean, "half": one.half}
+
+
+def figures_table(*labels: str) -> Table:
+    """Give a table without rows: columns for labels, then those of `cells`."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in labels:
+        table.add_column(name)
+    for name in ("TTFT mean s", "p50 s", "p99 s", "ITL mean ms", "p99 ms", "good/s", "hit %", "moved TB"):
+        table.add_column(name, justify="right")
+    return table
+
+
+def cells(figures: dict[str, dict[str, float]]) -> list[str]:
+    """Write the figures of a row, with intervals where there are several seeds."""
+
+    def cell(name: str, scale: float, digits: int) -> str:
+        one = figures[name]
+        half = "" if one["half"] != one["half"] else f" ±{one['half'] * scale:.{digits}f}"
+        return f"{one['mean'] * scale:.{digits}f}{half}"
+
+    return [
+        cell("ttft_mean", 1, 3), cell("ttft_p50", 1, 3), cell("ttft_p99", 1, 2), cell("itl_mean", 1e3, 2),
+        cell("itl_p99", 1e3, 2), cell("goodput", 1, 2), cell("hit_share", 100, 1), cell("moved_bytes", 1e-12, 2),
+    ]  # fmt: skip
