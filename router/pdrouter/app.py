@@ -63,7 +63,6 @@ class Router:
         Raises:
             CertificateError: TLS is asked for and cannot be.
             TracesError: traces are asked for and cannot be.
-        RecorderError: a recording is asked for and cannot be.
             RecorderError: a recording is asked for and cannot be.
             DiscoveryError: engines are to be found where they cannot be looked for.
         """

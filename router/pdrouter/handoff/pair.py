@@ -263,10 +263,8 @@ class Pair(Handoff):
         if hedge is not None and hedge.leg.engine is engine:
             assert self._leg is not None
             assert self._call is not None
-            assert self._decode is not None
             self._hedge = Asking(self._leg, self._call, self._way)
-            self._leg, self._call, self._way = hedge.leg, hedge.call, hedge.way
-            self._note(engine, self._decode)
+            self._take_up(hedge)
 
     def _prefill_lost(self, engine: Engine, failure: Failure) -> None:
         """Prefill failed: wait for the other engine that is asked, or begin again."""
@@ -276,9 +274,14 @@ class Pair(Handoff):
             return
         self._refused.append(engine)
         self._hedge = None
-        self._leg, self._call, self._way = hedge.leg, hedge.call, hedge.way
-        assert self._decode is not None
-        self._note(hedge.leg.engine, self._decode)
+        self._take_up(hedge)
+
+    def _take_up(self, asking: Asking) -> None:
+        """Go on with a prefill leg."""
+        decode = self._decode
+        assert decode is not None
+        self._leg, self._call, self._way = asking.leg, asking.call, asking.way
+        self._note(asking.leg.engine, decode)
 
     def _forget(self, asking: Asking) -> None:
         """Let a prefill leg end without its pair."""
@@ -366,9 +369,7 @@ class Pair(Handoff):
         message = f"The prefill leg failed: {error}."
         self._desk.broken(engine, error)
         failure = leg_failure(502, Role.PREFILL, error.reason, message)
-        if self._hedge is not None:
-            self._prefill_lost(engine, failure)
-        elif isinstance(error, ConnectError):
+        if isinstance(error, ConnectError) and self._hedge is None:
             self._refused.append(engine)
             self._start_over()
         else:
@@ -483,17 +484,17 @@ class Pair(Handoff):
     def began(self, engine: Engine, status: int, headers: Headers) -> None:
         """The first bytes of decode's answer are there: it has the KV blocks."""
         ticket = self._ticket
+        times = self._desk.times.get(Role.DECODE)
         if ticket is not None and self._desk.ledger.settle(ticket, Cause.COLLECTED):
             # Of an answer in one piece nothing is heard before it is complete, so its time is not the handoff's.
             took = self._desk.loop.time() - ticket.received if self._streams else None
             self._desk.edges.worked(ticket.prefill, engine, took)
-            if took is not None:
-                times = self._desk.times.get(Role.DECODE)
-                if times is not None:
-                    times.handed_over(self._lacking, took)
+            if took is not None and times is not None:
+                times.handed_over(self._lacking, took)
         self._fruitless = 0
-        self._first_at = perf_counter()
-        self._met = engine.held_tokens
+        if times is not None:
+            self._first_at = perf_counter()
+            self._met = engine.held_tokens
         if not self._headed:
             self._headed = True
             self._sink.head(status, headers)
