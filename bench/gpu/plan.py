@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-OURS, THEIRS, DIRECT = "pd-router", "vllm-router", "direct"
+OURS, THEIRS, DIRECT, PLAIN = "pd-router", "vllm-router", "direct", "nginx"
 
 # Flags of our router by the name of a variant. With one engine of a role a policy has nothing to choose: what differs
 # is whether decode computes a prompt itself when that is thought to be quicker (the bypass of pd_cost for decode).
@@ -13,8 +13,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     f"{OURS}:pd_cost": ("--policy", "pd_cost"),
     f"{OURS}:pd_cost-no-bypass": ("--prefill-policy", "pd_cost", "--decode-policy", "least_tokens"),
     f"{OURS}:no-prefill": ("--admin-port", "0"),
+    # Engines are not asked for token ids, and a stream ends with its engine: what following streams costs.
+    f"{OURS}:no-continue": ("--no-continue-streams",),
 }
-ROUTERS = (*VARIANTS, THEIRS, DIRECT)
+ROUTERS = (*VARIANTS, THEIRS, DIRECT, PLAIN)
 CONCURRENCIES = (32, 8, 64, 128, 1)  # by what they tell, should the time not suffice for all
 
 
@@ -23,7 +25,8 @@ class Point:
     """One run of `vllm bench serve`.
 
     Args:
-        router: one of `ROUTERS`; `direct` is the decode engine alone, which computes prompts too.
+        router: one of `ROUTERS`; `direct` is the decode engine alone, which computes prompts too; `nginx` is a plain
+            proxy before it, which reads and writes each token once and understands nothing.
         concurrency: requests at once.
         prompts: requests in all.
         repeat: which of the runs, from 1.

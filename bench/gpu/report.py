@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from plan import DIRECT, OURS, THEIRS
+from plan import DIRECT, OURS, PLAIN, THEIRS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 PREDICTED = {  # figures that the simulated pair predicts: key, name, goal for the error
@@ -217,7 +217,12 @@ def markdown(told: dict[str, Any], simulated: Points) -> str:
     ]
     rest = [name for name in sorted({point["router"] for point in points}) if name not in (OURS, THEIRS)]
     if rest:
-        lines += ["", f"Other ways ({DIRECT}: the decode engine alone, no router):", "", *_table(points, (OURS, *rest))]
+        lines += [
+            "",
+            f"Other ways ({DIRECT}: the decode engine alone, no router; {PLAIN}: a plain proxy before it):",
+            "",
+            *_table(points, (OURS, *rest)),
+        ]
     if simulated:
         lines += ["", "**Simulated** figures of the same points, one prefill and one decode engine:", ""]
         lines += _fidelity(points, simulated)

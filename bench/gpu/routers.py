@@ -13,9 +13,24 @@ from types import TracebackType
 
 import httpx
 import psutil
-from plan import DIRECT, THEIRS, VARIANTS
+from plan import DIRECT, PLAIN, THEIRS, VARIANTS
 
 STARTS = 60.0  # seconds
+NGINX = """worker_processes 1; daemon off; pid {folder}/nginx.pid; error_log {folder}/nginx-error.log;
+events {{ worker_connections 4096; }}
+http {{
+  access_log off; client_body_temp_path {folder}/nginx-body; proxy_temp_path {folder}/nginx-proxy;
+  fastcgi_temp_path {folder}/nginx-1; uwsgi_temp_path {folder}/nginx-2; scgi_temp_path {folder}/nginx-3;
+  client_max_body_size 64m; client_body_buffer_size 1m;
+  upstream decode {{ server {engine}; keepalive 1024; keepalive_requests 1000000000; }}
+  server {{
+    listen 127.0.0.1:{port}; keepalive_requests 1000000000;
+    location / {{
+      proxy_pass http://decode; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
+    }}
+  }}
+}}
+"""
 
 
 class RouterError(Exception):
@@ -35,11 +50,13 @@ class Programs:
     Args:
         ours: command of pd-router.
         theirs: command of vllm-router.
+        plain: command of nginx.
         logs: folder for their logs.
     """
 
     ours: str
     theirs: str
+    plain: str
     logs: Path
 
 
@@ -69,24 +86,38 @@ class Router(AbstractContextManager["Router"]):
         if name == DIRECT:
             self.url = decode[0]
             return
-        port, metrics_port = _free_port(), _free_port()
-        engines = [part for url in decode for part in ("--decode", url)]
-        own = [part if part != "0" else str(_free_port()) for part in VARIANTS.get(name, ())]
-        if not name.endswith(":no-prefill"):
-            engines += [part for url in prefill for part in ("--prefill", url)]
-        command = [*shlex.split(programs.theirs if name == THEIRS else programs.ours), *engines, "--host", "127.0.0.1"]
-        command += ["--port", str(port), "--prometheus-port", str(metrics_port), *own, *flags]
-        if name == THEIRS:  # as its own benchmarks run it
-            command += ["--vllm-pd-disaggregation", "--policy", "consistent_hash", "--log-level", "error"]
-        else:
-            self.metrics = f"http://127.0.0.1:{metrics_port}/metrics"
+        port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = programs.logs / f"{name.replace(':', '-')}.log"
+        if name == PLAIN:
+            command = self._nginx(programs, port, decode[0])
+        else:
+            command = [*self._command(programs, port, prefill, decode), *flags]
         with self.log.open("ab") as log:
             log.write(f"\n$ {shlex.join(command)}\n".encode())
             log.flush()
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         self._wait(model)
+
+    def _nginx(self, programs: Programs, port: int, engine: str) -> list[str]:
+        folder = programs.logs.resolve()
+        config = folder / "nginx.conf"
+        config.write_text(NGINX.format(folder=folder, engine=httpx.URL(engine).netloc.decode(), port=port), "utf-8")
+        return [*shlex.split(programs.plain), "-c", str(config)]
+
+    def _command(self, programs: Programs, port: int, prefill: Sequence[str], decode: Sequence[str]) -> list[str]:
+        name, metrics_port = self.name, _free_port()
+        engines = [part for url in decode for part in ("--decode", url)]
+        own = [part if part != "0" else str(_free_port()) for part in VARIANTS.get(name, ())]
+        if not name.endswith(":no-prefill"):
+            engines += [part for url in prefill for part in ("--prefill", url)]
+        command = [*shlex.split(programs.theirs if name == THEIRS else programs.ours), *engines, "--host", "127.0.0.1"]
+        command += ["--port", str(port), "--prometheus-port", str(metrics_port), *own]
+        if name == THEIRS:  # as its own benchmarks run it
+            command += ["--vllm-pd-disaggregation", "--policy", "consistent_hash", "--log-level", "error"]
+        else:
+            self.metrics = f"http://127.0.0.1:{metrics_port}/metrics"
+        return command
 
     def _wait(self, model: str) -> None:
         assert self._process is not None

@@ -55,7 +55,7 @@ class Bench:
         logs = told.out.parent / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = logs
-        self.programs = Programs(told.router, told.vllm_router, logs)
+        self.programs = Programs(told.router, told.vllm_router, told.nginx, logs)
         self._deadline = time.monotonic() + told.budget
         self.fork = told.fork
         self.short = False
@@ -208,6 +208,7 @@ def main() -> int:
     add("--router", default="pd-router", metavar="COMMAND", help="how our router is called (%(default)s)")
     add("--vllm-router", default=f"{sys.executable} -m vllm_router.launch_router", metavar="COMMAND",
         help="how vllm-router is called (this Python, -m vllm_router.launch_router)")  # fmt: skip
+    add("--nginx", default="nginx", metavar="COMMAND", help="how nginx is called (%(default)s)")
     add("--tokenizer", metavar="DIR", help="the model's tokenizer (where the engine says its model is)")
     add("--vocabulary", type=int, default=100_000, help="prompts' token ids are below this (%(default)s)")
     add("--budget", type=float, default=3600.0, metavar="S", help="begin nothing that would end later (%(default)s)")
