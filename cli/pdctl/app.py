@@ -23,6 +23,7 @@ from pdctl.commands.record import record
 from pdctl.commands.render import render
 from pdctl.commands.replay import replay
 from pdctl.commands.report import report
+from pdctl.commands.router import router
 from pdctl.commands.routing import routing
 from pdctl.commands.runs import runs
 from pdctl.commands.status import status
@@ -61,6 +62,7 @@ for command in COMMANDS:
     app.command(epilog=EPILOG)(command)
 app.command("eval", epilog=EPILOG)(eval_)
 app.add_typer(runs, name="runs", epilog=EPILOG)
+app.add_typer(router, name="router", epilog=EPILOG)
 
 
 def main() -> None:

@@ -24,6 +24,8 @@ from pdctl.cluster.observe import PART, Observer
 from pdctl.cluster.screen import finding_lines, short
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.podstate import Finding, Phase, Pod, Snapshot, diagnose
+from pdctl.routers.choice import Choice
+from pdctl.routers.programs import Programs
 from pdctl.targets.pages import Page, read_pairs
 from pdctl.targets.target import Health, LogQuery, Routing
 
@@ -140,6 +142,22 @@ class KubernetesTarget:
             if thing["metadata"]["labels"].get("app.kubernetes.io/component") == "router":
                 return f"http://{thing['metadata']['name']}.{self.name}:{self._settings['port']}"
         return ""
+
+    @property
+    def router(self) -> Choice:
+        """Which router stands before the engines."""
+        return Choice("ours", str(self._settings.get("policy", "consistent_hash")))
+
+    def switch(self, router: Choice, programs: Programs, timeout: float, tell: Callable[[str], None]) -> None:
+        """Let another router stand before the same engines.
+
+        Raises:
+            PdctlError: always, until charts/pd-llm-d can be deployed.
+        """
+        raise PdctlError(
+            "routers cannot be switched on Kubernetes yet", "switch those of a deployment on this machine: --name",
+            ExitCode.USAGE,
+        )  # fmt: skip
 
     @cached_property
     def simulated(self) -> bool:

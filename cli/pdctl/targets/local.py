@@ -22,6 +22,8 @@ from pdctl import deployment
 from pdctl.check import Check, Mark
 from pdctl.deployment import Deployment, Member
 from pdctl.errors import ExitCode, PdctlError
+from pdctl.routers.choice import Choice
+from pdctl.routers.programs import Programs
 from pdctl.targets.pages import read_pairs
 from pdctl.targets.target import Health, LogQuery, Routing
 
@@ -190,6 +192,15 @@ class LocalTarget:
             PdctlError: there is none of that name.
         """
         return cls(deployment.load(name))
+
+    @property
+    def router(self) -> Choice:
+        """Which router stands before the engines."""
+        return Choice("ours", self._deployment.policy)
+
+    def switch(self, router: Choice, programs: Programs, timeout: float, tell: Callable[[str], None]) -> None:
+        """Let another router stand before the same engines."""
+        raise PdctlError("routers cannot be switched on this machine yet", "deploy again", ExitCode.USAGE)
 
     def start(self, timeout: float, on_ready: Callable[[Member, float], None], bound: bool = False) -> None:
         """Start a planned deployment and wait until every part answers; one that is bound ends with this process.

@@ -1,6 +1,6 @@
 """What every place where a deployment can live offers to the commands."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from rich.text import Text
 
 from pdctl.check import Check
+from pdctl.routers.choice import Choice
+from pdctl.routers.programs import Programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,25 @@ class Target(Protocol):
     @property
     def router_url(self) -> str:
         """Where clients in its place find the router."""
+
+    @property
+    def router(self) -> Choice:
+        """Which router stands before the engines."""
+
+    def switch(self, router: Choice, programs: Programs, timeout: float, tell: Callable[[str], None]) -> None:
+        """Let another router stand before the same engines, none of which is restarted.
+
+        The other one serves before the old one ends, and the old one finishes what it has; the address stays.
+
+        Args:
+            router: the other one.
+            programs: llm-d's programs, where they run on this machine.
+            timeout: seconds until it must serve; when it does not, the old one stays.
+            tell: told what takes a while.
+
+        Raises:
+            PdctlError: it cannot be, or does not serve in time.
+        """
 
     @property
     def model(self) -> str:
