@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from pdctl.evals import traps
+from pdctl.evals.difference import changes
 from pdctl.evals.parity import parity
 from pdctl.evals.scores import Score, read
 from pdctl.runs import Run
+from support import stored
 from support.processes import until
 from support.shell import Shell
 from support.tasks import make_tasks
@@ -213,3 +215,31 @@ def test_parity_lists_every_difference() -> None:
     assert any("token 2 of 2" in text for text in found.examples)
     assert parity(one, one).exact
     assert not parity([], []).exact
+
+
+def test_two_evaluations_are_compared_document_by_document(tmp_path: Path) -> None:
+    base = stored.evaluation(tmp_path / "a", "0" * 20 + "1" * 20)
+    better, same = stored.evaluation(tmp_path / "b", "1" * 30 + "1" * 10), stored.evaluation(tmp_path / "c", "01" * 20)
+    [one] = changes(base, better)
+    # by hand: 20 of 40 documents gain 1, the others nothing: sqrt(0.25 * 40 / 39 / 40)
+    assert (one.change, one.samples, one.changed, one.verdict) == (0.5, 40, 20, "better")
+    assert one.stderr == pytest.approx(0.080064, abs=1e-6)
+    [back] = changes(better, base)
+    assert back.verdict == "worse"
+    [none] = changes(base, same)
+    assert (none.change, none.changed, none.verdict) == (0.0, 20, "within noise")
+    (tmp_path / "b/samples.jsonl").unlink()
+    [apart] = changes(base, better)
+    assert apart.stderr == pytest.approx(0.080064, abs=1e-6), "of the base alone: all answers of the other are right"
+    assert apart.samples is None
+
+
+def test_evaluations_of_other_documents_are_refused(shell: Shell) -> None:
+    for label, limit in (("a", 50), ("b", 50), ("c", 100)):
+        stored.evaluation(runs_of(shell) / f"20260101-000000-{label}", limit=limit)
+    refused = shell.run("compare", "a", "c")
+    assert refused.returncode == 2
+    assert "limit: 50 and 100" in refused.stderr
+    told = shell.run("compare", "a", "b")
+    assert "0.2000  0.2000  +0.0000 ± 0.0000" in told.stdout, told.stdout + told.stderr
+    assert "within noise" in told.stdout

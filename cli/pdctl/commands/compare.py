@@ -1,4 +1,4 @@
-"""`pdctl compare`: runs side by side, or routers in turn before the same engines."""
+"""`pdctl compare`: runs or evaluations side by side, or routers in turn before the same engines."""
 
 import contextlib
 from collections.abc import Iterator
@@ -25,6 +25,7 @@ from pdctl.compare.live import fleet
 from pdctl.compare.told import Comparison, comparison, title
 from pdctl.console import err, out, print_json
 from pdctl.errors import ExitCode, PdctlError
+from pdctl.evals import difference as scores
 from pdctl.interrupt import interruptible
 from pdctl.report.write import write
 from pdctl.runs import Run, Store
@@ -80,6 +81,9 @@ def compare(
     """
     if routers is None and resume is None:
         runs = [Store().find(one) for one in names or ()]
+        if len(runs) > 1 and any(run.kind == "eval" for run in runs):
+            _evaluations(runs, json)
+            return
         if len(runs) == 1 and runs[0].kind == "compare":
             _show(comparison(runs[0].points, paired=True), json)
             return
@@ -142,6 +146,35 @@ def compare(
             )  # fmt: skip
         run.end("done")
     _finish(run, report, json)
+
+
+def _evaluations(runs: list[Run], json: bool) -> None:
+    """Compare the scores of evaluations with those of the first."""
+    if strange := [run.name for run in runs if run.kind != "eval"]:
+        raise PdctlError(f"{strange[0]} is no evaluation", "compare evaluations with each other", ExitCode.USAGE)
+    scores.check_alike(runs)
+    base = runs[0]
+    found = [(other, scores.changes(base, other)) for other in runs[1:]]
+    if json:
+        print_json([scores.told(base, other, changes) for other, changes in found])
+        return
+    for other, changes in found:
+        kinds = ["SIMULATED" if run.simulated else "measured" for run in (base, other)]
+        models = [str(run.about["model"]) for run in (base, other)]
+        out.print(f"\n[bold]{base.name}[/] ({kinds[0]}, {models[0]}) → [bold]{other.name}[/] ({kinds[1]}, {models[1]})",
+                  soft_wrap=True)  # fmt: skip
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for column in ("TASK", "METRIC"):
+            table.add_column(column)
+        for column in ("BEFORE", "AFTER", "CHANGE ± STDERR", "ITEMS CHANGED"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("")
+        for one in changes:
+            metric = one.metric if one.filter == "none" else f"{one.metric}, {one.filter}"
+            items = "" if one.samples is None else f"{one.changed} of {one.samples}"
+            table.add_row(one.task, metric, f"{one.base:.4f}", f"{one.other:.4f}", one.told(), items,
+                          _verdict(one.verdict or "no standard error"))  # fmt: skip
+        out.print(table)
 
 
 def _numbers(names: list[str] | None) -> tuple[int, int | None]:
