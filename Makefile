@@ -63,7 +63,7 @@ compiled: setup ## The router compiled by mypyc, in .build/router (half a minute
 bench-router: setup ## CPU, latency and memory of the router beside vllm-router and nginx (10 minutes; REPORT=docs/performance.md writes the table there)
 	@$(BIN)/python bench/router/run.py $(if $(REPORT),--report $(REPORT))
 
-bench-client: setup ## The load generator beside the real vllm bench serve, and its cost a token (10 minutes; VLLM=PROGRAM)
+bench-client: setup ## The load generator beside AIPerf and the real vllm bench serve, and its cost a token (15 minutes; VLLM=PROGRAM for the latter)
 	@$(BIN)/python bench/client/agreement.py --vllm "$(VLLM)"
 
 bench-attack: setup ## What attacks cost other clients: p99 of ordinary requests without and with each (5 minutes; REPORT=docs/security.md writes the table there)

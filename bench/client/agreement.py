@@ -1,8 +1,9 @@
-"""The load generator beside the real `vllm bench serve`, in turn, on the same simulated fleet (`make bench-client`).
+"""The load generator beside `vllm bench serve` and AIPerf, in turn, on the same simulated fleet (`make bench-client`).
 
 Also what the load generator itself costs a token, against a server in C that streams tokens as fast as they are taken.
-Needs vLLM: its program by VLLM=PROGRAM. Exit status 1 when throughput differs by more than 3 % or a median by more than
-5 %, counted by the means of the rounds.
+vLLM's program is named by VLLM=PROGRAM, and left out where it is not; AIPerf is installed into an environment of its
+own. Exit status 1 when throughput differs from another's by more than 3 % or a median by more than 5 %, counted by the
+medians of the rounds.
 """
 
 import argparse
@@ -12,13 +13,17 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from statistics import median
+
+import pdsim.engine
+from pdctl import deployment
+from pdctl.environments import Environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "router"))
 import peers
 
 NAME = "agreement"
+AIPERF = Environment("aiperf-0.13.0", ("aiperf==0.13.0",))
 PDCTL = [sys.executable, "-m", "pdctl"]
 JUDGED = {"output_throughput": 0.03, "median_ttft_ms": 0.05, "median_itl_ms": 0.05, "median_tpot_ms": 0.05,
           "median_e2el_ms": 0.05}  # fmt: skip
@@ -31,19 +36,63 @@ def pdctl(*arguments: str, environment: dict[str, str] | None = None) -> None:
     subprocess.run([*PDCTL, *arguments], check=True, stdout=subprocess.DEVNULL, env=os.environ | (environment or {}))
 
 
-def rounds(count: int, vllm: str, options: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Measure by both clients in turn; another one begins each time."""
-    told: dict[str, list[dict[str, Any]]] = {"pdctl": [], "vllm": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(count):
-            clients = ["pdctl", "vllm"] if number % 2 == 0 else ["vllm", "pdctl"]
-            for client in clients:
-                path = Path(folder) / f"{client}-{number}.json"
-                pdctl(
-                    "bench", *options, "--client", client, "--seed", str(100 + number), "--name", NAME,
-                    "--label", f"agreement-{client}", "--output", str(path), environment={"PDCTL_VLLM": vllm},
+def by_pdctl(client: str, options: list[str], seed: int, folder: Path, vllm: str) -> dict[str, float]:
+    """Measure by `pdctl bench`, which runs either client."""
+    path = folder / "result.json"
+    pdctl(
+        "bench", *options, "--client", client, "--seed", str(seed), "--name", NAME, "--label", f"agreement-{client}",
+        "--output", str(path), environment={"PDCTL_VLLM": vllm},
+    )  # fmt: skip
+    told: dict[str, float] = json.loads(path.read_text())
+    return told
+
+
+def by_aiperf(options: list[str], seed: int, folder: Path) -> dict[str, float]:
+    """Measure by AIPerf, and give its figures under our names.
+
+    What vLLM calls the inter-token latency is AIPerf's inter-chunk latency; AIPerf's inter-token latency is a request's
+    mean, vLLM's time per output token.
+    """
+    parser = argparse.ArgumentParser()
+    for name in ("prompts", "concurrency", "--input-len", "--output-len"):
+        parser.add_argument(name, required=True) if name.startswith("-") else parser.add_argument(name)
+    told = parser.parse_args(options)
+    tokenizer = Path(pdsim.engine.__file__).parent / "tokenizer"
+    target = deployment.load(NAME)
+    command = [
+        AIPERF.program("aiperf", print), "profile", "-m", target.model, "-u", target.router_url, "--endpoint-type",
+        "completions", "--streaming", "--tokenizer", tokenizer, "--concurrency", told.concurrency, "--request-count",
+        told.prompts, "--synthetic-input-tokens-mean", told.input_len, "--synthetic-input-tokens-stddev", "0",
+        "--output-tokens-mean", told.output_len, "--output-tokens-stddev", "0", "--extra-inputs", "ignore_eos:true",
+        "--extra-inputs", "temperature:0", "--use-server-token-count", "--random-seed", str(seed), "--ui", "none",
+        "--output-artifact-dir", folder / "aiperf",
+    ]  # fmt: skip
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found = json.loads((folder / "aiperf/profile_export_aiperf.json").read_text())
+    if found["request_count"]["avg"] != int(told.prompts):
+        raise SystemExit(f"AIPerf counts {found['request_count']['avg']} of {told.prompts} requests")
+    return {
+        "output_throughput": found["output_token_throughput"]["avg"],
+        "median_ttft_ms": found["time_to_first_token"]["p50"],
+        "median_itl_ms": found["inter_chunk_latency"]["p50"],
+        "median_tpot_ms": found["inter_token_latency"]["p50"],
+        "median_e2el_ms": found["request_latency"]["p50"],
+    }
+
+
+def rounds(count: int, others: list[str], vllm: str, options: list[str]) -> dict[str, list[dict[str, float]]]:
+    """Measure by all clients in turn; another one begins each time."""
+    clients = ["pdctl", *others]
+    told: dict[str, list[dict[str, float]]] = {client: [] for client in clients}
+    for number in range(count):
+        at = number % len(clients)
+        for client in clients[at:] + clients[:at]:
+            with tempfile.TemporaryDirectory() as folder:
+                seed = 100 + number
+                told[client].append(
+                    by_aiperf(options, seed, Path(folder)) if client == "aiperf"
+                    else by_pdctl(client, options, seed, Path(folder), vllm)
                 )  # fmt: skip
-                told[client].append(json.loads(path.read_text()))
     return told
 
 
@@ -66,7 +115,8 @@ def cost(pace_ms: int) -> tuple[float, float]:
 def main() -> int:
     """Measure, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vllm", default=os.environ.get("VLLM"), help="the program vllm")
+    parser.add_argument("--vllm", default=os.environ.get("VLLM"), help="the program vllm; none: without it")
+    parser.add_argument("--no-aiperf", action="store_true", help="without AIPerf")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--speed", default="1", help="of the simulated engines")
     parser.add_argument("--cost-only", action="store_true", help="only what a token costs")
@@ -79,23 +129,22 @@ def main() -> int:
         )
     if told.cost_only:
         return 0
-    if not told.vllm:
-        print("bench-client: say where real vLLM is: make bench-client VLLM=PROGRAM", file=sys.stderr)
-        return 2
+    others = ["vllm"] * bool(told.vllm) + ["aiperf"] * (not told.no_aiperf)
     options = told.options or ["200", "8", "--input-len", "500", "--output-len", "100"]
     pdctl("deploy", "--local", "--name", NAME, "--prefill", "2", "--decode", "2", "--speed", told.speed, "-y")
     try:
-        measured = rounds(told.rounds, told.vllm, options)
+        measured = rounds(told.rounds, others, told.vllm or "", options)
     finally:
         pdctl("cleanup", "--name", NAME, "-y")
-    print(f"SIMULATED 2 + 2 engines; pdctl bench {' '.join(options)}; {told.rounds} rounds in turn")
-    print(f"{'':<20}{'pdctl':>12}{'vllm':>12}{'off':>9}{'most':>8}")
+    print(f"SIMULATED 2 + 2 engines; pdctl bench {' '.join(options)}; medians of {told.rounds} rounds in turn")
+    print(f"{'':<20}{'pdctl':>12}" + "".join(f"{other:>12}{'off':>9}" for other in others) + f"{'most':>8}")
     good = True
     for key, most in JUDGED.items():
-        ours, theirs = (mean(one[key] for one in measured[client]) for client in ("pdctl", "vllm"))
-        off = ours / theirs - 1
-        good = good and abs(off) <= most
-        print(f"{key:<20}{ours:>12.2f}{theirs:>12.2f}{off:>+9.1%}{most:>8.0%}")
+        figures = {client: median(one[key] for one in some) for client, some in measured.items()}
+        offs = {other: figures["pdctl"] / figures[other] - 1 for other in others}
+        good = good and all(abs(off) <= most for off in offs.values())
+        beside = "".join(f"{figures[other]:>12.2f}{off:>+9.1%}" for other, off in offs.items())
+        print(f"{key:<20}{figures['pdctl']:>12.2f}{beside}{most:>8.0%}")
     return 0 if good else 1
 
 
