@@ -36,8 +36,9 @@ charts: tools ## Write each chart's README and schema from the comments of its v
 demo: setup ## Bring up 8 prefill + 8 decode simulated engines and the router, send traffic, show what happened, clean up
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
 
-test: lint tools ## Install what is needed and run every check and test
-	@$(BIN)/pytest
+TEST_PROCESSES ?= 3
+test: lint tools ## Install what is needed and run every check and test (TEST_PROCESSES=3 side by side)
+	@$(BIN)/pytest -n $(TEST_PROCESSES)
 
 lint: setup ## ruff and mypy --strict
 	@$(BIN)/ruff format --check --quiet . || { echo "lint: run make fmt"; exit 1; }

@@ -12,6 +12,8 @@ same are fetched by apt-get, which neither installs them nor needs root.
 """
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -95,6 +97,14 @@ def cache() -> pathlib.Path:
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pdctl/image"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other process of this user fills the cache, and keep it for oneself."""
+    with (cache() / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run(*command: str | pathlib.Path, cwd: pathlib.Path | None = None) -> str:
@@ -221,7 +231,9 @@ def build(target: pathlib.Path, of: str = "router") -> None:
     Raises:
         ImageError: it cannot be done here.
     """
-    layers = {"Debian packages": _base_layer(), f"scripts/{of}_layer.sh": _filled(functools.partial(application, of))}
+    with alone():
+        fill = functools.partial(application, of)
+        layers = {"Debian packages": _base_layer(), f"scripts/{of}_layer.sh": _filled(fill)}
     pack(target, tag(of), last_stage(of), layers)
 
 

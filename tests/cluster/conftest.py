@@ -10,7 +10,7 @@ from .control_plane import Cluster, ClusterError, ControlPlane, NotPossible
 from .fake_nodes import fake_cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # it is not left to itself while the process runs other tests
 def cluster() -> Iterator[ControlPlane]:
     """Give a control plane with two fake nodes of 8 GPUs, whose pods run as local processes."""
     with contextlib.ExitStack() as held:

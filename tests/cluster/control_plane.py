@@ -14,7 +14,7 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -197,6 +197,7 @@ class ControlPlane(Cluster):
 
     Args:
         folder: Where everything is kept; it must exist and have a short name, since sockets may be made in it.
+        ports: Of its programs (`slots.ports`).
         address: Where the API server can be reached by nodes; loopback when nodes are fake.
         services: Range of the Services' addresses.
         node_grace: Seconds without a sign of life until a node counts as lost.
@@ -205,6 +206,7 @@ class ControlPlane(Cluster):
     def __init__(
         self,
         folder: pathlib.Path,
+        ports: Sequence[int],
         address: str = "127.0.0.1",
         services: str = "10.96.0.0/16",
         node_grace: float = 200.0,
@@ -212,7 +214,7 @@ class ControlPlane(Cluster):
         missing = [name for name in PROGRAMS if not (BIN / name).exists()]
         if missing:
             raise ClusterError(f"{', '.join(missing)} are not in {BIN}; call make tools")
-        self.api_port, self._etcd, self._peers, self._controllers, self._scheduler = free_ports(5)
+        self.api_port, self._etcd, self._peers, self._controllers, self._scheduler = ports[:5]
         super().__init__(folder, f"https://{address}:{self.api_port}")
         self.programs = Programs(folder)
         self.services = services

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .control_plane import BIN, ROOT, ClusterError, ControlPlane, NotPossible, free_ports
-from .slots import claimed_slot, fake_pods, folder_of
+from .slots import claimed_slot, fake_pods, folder_of, ports
 
 GPUS = 8
 CRDS = ("attaches", "clusterexecs", "execs", "logs", "portforwards")
@@ -118,5 +118,10 @@ def fake_cluster() -> Iterator[ControlPlane]:
     Raises:
         ClusterError: it cannot be had here.
     """
-    with claimed_slot() as slot, folder_of(slot) as folder, ControlPlane(folder) as plane, fake_nodes(plane, slot):
+    with (
+        claimed_slot() as slot,
+        folder_of(slot) as folder,
+        ControlPlane(folder, ports(slot)) as plane,
+        fake_nodes(plane, slot),
+    ):
         yield plane

@@ -38,7 +38,7 @@ from .control_plane import (
     free_ports,
 )
 from .fake_nodes import GPUS
-from .slots import GROUPS, claimed_slot, folder_of, outer_link
+from .slots import GROUPS, claimed_slot, folder_of, outer_link, ports
 
 PROGRAMS = ("kubelet", "kube-proxy", "coredns", "pause")
 SYSTEM = ("containerd", "runc", "nft", "ip", "unshare", "ctr")
@@ -336,7 +336,7 @@ class ControlPlaneIn(ControlPlane):
             _call("ip", "addr", "add", f"10.252.{slot}.{number}/24", "dev", "outside")
         _call("ip", "link", "set", "outside", "up")
         pathlib.Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-        super().__init__(folder, address=f"10.252.{slot}.1", services=services)
+        super().__init__(folder, ports(slot), address=f"10.252.{slot}.1", services=services)
 
 
 class RealCluster(Cluster):

@@ -28,8 +28,36 @@ def outer_link(slot: int) -> str:
     return f"pdctl{slot}"
 
 
+def ports(slot: int) -> range:
+    """Give the ports of a slot's control plane.
+
+    They are below those that connections are given (32768 on; ip_local_port_range): while the API server is away, a
+    client that asks for it again and again would some day be given its very port, and be connected to itself.
+    """
+    return range(11100 + 8 * slot, 11108 + 8 * slot)
+
+
 def _folder(slot: int) -> pathlib.Path:
     return pathlib.Path(f"/tmp/pdctl-cluster-{slot}")
+
+
+def _claim(slot: int) -> int | None:
+    """Give the lock's descriptor, or None when another process holds it."""
+    file = os.open(f"/tmp/.pdctl-cluster-{slot}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    return file
+
+
+def is_held(slot: int) -> bool:
+    """Whether a process holds a slot."""
+    file = _claim(slot)
+    if file is not None:
+        os.close(file)
+    return file is None
 
 
 @contextlib.contextmanager
@@ -42,11 +70,8 @@ def claimed_slot() -> Iterator[int]:
     with contextlib.ExitStack() as held:
         mine: int | None = None
         for slot in range(SLOTS):
-            file = os.open(f"/tmp/.pdctl-cluster-{slot}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(file)
+            file = _claim(slot)
+            if file is None:
                 continue
             if _folder(slot).exists():
                 remove_left_overs(slot)

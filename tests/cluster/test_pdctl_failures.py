@@ -19,7 +19,7 @@ import yaml
 from .commands import TOKEN, Pdctl
 from .control_plane import BIN, ROOT, ControlPlane
 from .fake_nodes import fake_cluster
-from .slots import claimed_slot, folder_of
+from .slots import claimed_slot, folder_of, ports
 
 QUICK = ("--fail-unschedulable-after", "3")
 
@@ -223,7 +223,7 @@ def test_an_install_that_was_killed_is_finished_by_the_next_deploy(pdctl: Pdctl)
 
 def test_another_cluster_than_the_deployments_is_refused(pdctl: Pdctl) -> None:
     pdctl.deploy().says(0, "ready ")
-    with claimed_slot() as slot, folder_of(slot) as folder, ControlPlane(folder) as other:
+    with claimed_slot() as slot, folder_of(slot) as folder, ControlPlane(folder, ports(slot)) as other:
         mine = yaml.safe_load(pdctl.plane.kubeconfig.read_text())
         theirs = yaml.safe_load(other.kubeconfig.read_text())
         for part in ("clusters", "users", "contexts"):
