@@ -38,16 +38,19 @@ def test_where_nothing_was_measured_the_first_profile_stays():
 
 def test_calibrate_measures_an_engine_and_writes_a_profile_that_replay_takes(tmp_path, monkeypatch, capsys):
     path = tmp_path / "slow.json"
-    with engine("both", "--speed", "0.1") as started:
-        words = ["calibrate", started.url, "--output", str(path), "--longest", "1024", "--json"]
-        monkeypatch.setattr(sys, "argv", ["pdctl", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert not ended.value.code
-        stretch = started.get("/sim/state")["clock"]["itl_stretch"]
-    told = json.loads(capsys.readouterr().out)
-    assert told == json.loads(path.read_text())
-    if stretch > 1.05:
+    for _ in range(3):  # a busy machine may have a quiet moment
+        with engine("both", "--speed", "0.1") as started:
+            words = ["calibrate", started.url, "--output", str(path), "--longest", "1024", "--json"]
+            monkeypatch.setattr(sys, "argv", ["pdctl", *words])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert not ended.value.code
+            stretch = started.get("/sim/state")["clock"]["itl_stretch"]
+        told = json.loads(capsys.readouterr().out)
+        assert told == json.loads(path.read_text())
+        if stretch <= 1.05:
+            break
+    else:
         pytest.skip("this machine is too busy to run an engine in real time")
     slow = load_profile(str(path))
     assert slow.decode_run(8, 4000)[0] == pytest.approx(10 * H200.decode_run(8, 4000)[0], rel=0.1)

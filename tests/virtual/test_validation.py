@@ -28,6 +28,7 @@ REQUESTS = int(os.environ.get("VALIDATE_REQUESTS", "24"))
 SPEED = float(os.environ.get("VALIDATE_SPEED", "0.25"))
 POLICIES = os.environ.get("VALIDATE_POLICIES", "round_robin").split(",")
 STRETCH = 1.05  # decode steps of a real-time engine that took longer than this tell of the machine, not of the model
+TRIES = 3  # a busy machine may have a quiet moment
 HOP = 0.002  # seconds of this machine from the client to an engine or back
 
 
@@ -101,7 +102,11 @@ def replayed(recording: Path, setup: Setup) -> dict[str, tuple[float, float]]:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_virtual_fleet_gives_what_clients_of_the_real_time_fleet_measure(policy, tmp_path):
     workload = prefixes(Shape(requests=REQUESTS, rate=6.0, input_tokens=1500, output_tokens=60, seed=3))
-    sent, stretch = in_real_time(workload, policy, tmp_path)
+    for attempt in range(TRIES):
+        recording = tmp_path / str(attempt)
+        sent, stretch = in_real_time(workload, policy, recording)
+        if stretch <= STRETCH:
+            break
     setup = Setup(prefill=2, decode=2, prefill_policy=policy, hop=HOP * SPEED)
     run = Fleet(setup, workload, 0).run()
     first = min(one.arrival for one in workload.requests)
@@ -118,7 +123,7 @@ def test_the_virtual_fleet_gives_what_clients_of_the_real_time_fleet_measure(pol
         "ITL": (float((run.latency - run.ttft)[run.output > 1].sum() / (run.output[run.output > 1] - 1).sum()), itl),
         "tokens/s": (told["output_rate"], tokens.sum() / max(ends)),
     }
-    for name, (again, recorded) in replayed(tmp_path, setup).items():
+    for name, (again, recorded) in replayed(recording, setup).items():
         pairs[f"recorded {name}"] = again, recorded
     print(f"\n{policy}, {REQUESTS} requests, 2 + 2 engines, stretch {stretch:.3f}")
     for name, (virtual, real) in pairs.items():
