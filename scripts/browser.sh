@@ -7,6 +7,6 @@ for name in chromium chromium-browser google-chrome; do
 done
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   echo "tools: installing chromium with apt-get"
-  { apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 && exit 0
+  { apt-get update && apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends chromium; } >/dev/null 2>&1 && exit 0
 fi
 echo "tools: no Chromium; install it to have reports tested in a browser"

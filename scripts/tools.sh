@@ -123,7 +123,7 @@ node_packages() {
   [ ${#missing[@]} = 0 ] && return
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     say "installing ${missing[*]} with apt-get"
-    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}"; } >/dev/null || true
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 install -y --no-install-recommends "${missing[@]}"; } >/dev/null || true
   fi
   mapfile -t missing < <(lacking)
   [ ${#missing[@]} = 0 ] || say "make e2e needs ${missing[*]}, which only the system's package manager has; going on without"
