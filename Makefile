@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-client bench-attack fuzz compiled chaos churn validate policies referee cluster e2e upstream-tests test-engines docs clean
+.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-virtual bench-client bench-attack fuzz compiled compiled-virtual chaos churn validate policies referee cluster e2e upstream-tests test-engines docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,11 +55,17 @@ bench: setup ## One simulated pair beside the measured figures of two H200 (5 mi
 validate: setup ## The virtual fleet beside the one in real time and the figures of two H200 (5 minutes on a quiet machine)
 	@VALIDATE_REQUESTS=$${VALIDATE_REQUESTS:-300} VALIDATE_SPEED=$${VALIDATE_SPEED:-0.5} VALIDATE_POLICIES=$${VALIDATE_POLICIES:-round_robin,least_tokens,pd_cost} $(BIN)/pytest -q -s --timeout=1800 tests/virtual/test_validation.py
 
-policies: setup ## Judge every policy on the conversation trace and made-up traffic: TRACE=conversation_trace.jsonl; writes docs/policies.md (an hour on one core; goes on where it was)
-	@$(BIN)/python scripts/policies.py $(TRACE)
+policies: compiled-virtual ## Judge every policy on the conversation trace and made-up traffic: TRACE=conversation_trace.jsonl; writes docs/policies.md (half an hour on one core; goes on where it was)
+	@PYTHONPATH=.build/virtual $(BIN)/python scripts/policies.py $(TRACE)
 
 compiled: setup ## The router compiled by mypyc, in .build/router (half a minute)
 	@bash scripts/compiled_router.sh
+
+compiled-virtual: setup ## The virtual fleet and its policies compiled by mypyc, in .build/virtual: PYTHONPATH=.build/virtual takes them (half a minute)
+	@bash scripts/compiled_virtual.sh
+
+bench-virtual: compiled-virtual ## Simulated requests a second with each policy: TRACE=conversation_trace.jsonl (two minutes)
+	@PYTHONPATH=.build/virtual $(BIN)/python bench/virtual_speed.py $(TRACE)
 
 bench-router: setup ## CPU, latency and memory of the router beside vllm-router and nginx (10 minutes; REPORT=docs/performance.md writes the table there)
 	@$(BIN)/python bench/router/run.py $(if $(REPORT),--report $(REPORT))

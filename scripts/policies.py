@@ -49,7 +49,9 @@ class Book:
                 if not compute:
                     return None
                 self._figures[key] = run(case)
-                KEPT.write_text(json.dumps(self._figures))
+                written = KEPT.with_suffix(".new")
+                written.write_text(json.dumps(self._figures))
+                written.replace(KEPT)  # whole or not at all: whoever breaks the run off loses one case
                 print(f"{len(self._figures)}: {setup.prefill_policy} {setup.speed:g}x {source.name} {seed}", flush=True)
             found.append(self._figures[key])
         return found

@@ -13,14 +13,15 @@ Known flaws, kept:
     4. generated text, which is part of the next turn's prompt, is not recorded;
     5. prefill and decode engines are in one index: a decode engine's block fills a prefill engine's hole.
 
-Memory: about 170 bytes a block and engine; 31,250 blocks (llm-d's default) take 5 MB.
+Memory: as `prefix_index`; 31,250 blocks (llm-d's default) take 4 to 14 MB.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 
 from pdrouter.policies.block_chain import BLOCK_TOKENS, BlockChain
 from pdrouter.policies.choice import Candidate, Commons, Features
+from pdrouter.policies.held_blocks import HeldBlocks
 
 DEFAULT_BLOCKS = 31_250  # lruCapacityPerServer
 ENGINE_BLOCK_TOKENS = 16  # vLLM's default block size, by which an engine's KV cache is counted
@@ -38,10 +39,7 @@ class LlmdIndex:
         """
         self._most_blocks = most_tokens // block_tokens
         self._block_tokens = block_tokens
-        self._held: dict[str, OrderedDict[int, None]] = {}
-        # Engines are bits, so that a block's engines are one number and equal sets are counted at once.
-        self._bits: dict[str, int] = {}
-        self._engines: dict[int, int] = {}
+        self._held = HeldBlocks()
         # One request is asked about several times in a row: to choose, to count and to record.
         self._last: BlockChain | None = None
         self._matched: dict[int, int] | None = None  # of the last chain, until the index changes
@@ -65,7 +63,7 @@ class LlmdIndex:
         chain = self._chain(request)
         if self._matched is None:
             self._matched = self._match(chain)
-        found, bits = self._matched, self._bits
+        found, bits = self._matched, self._held.bits
         if not found:
             return [0] * len(candidates), len(chain)
         return [found.get(bits.get(candidate.name, 0), 0) for candidate in candidates], len(chain)
@@ -73,8 +71,9 @@ class LlmdIndex:
     def _match(self, chain: list[int]) -> dict[int, int]:
         """Give how many of the blocks each engine's bit is on, up to the first block without any."""
         found: dict[int, int] = {}
-        if chain and chain[0] in self._engines:
-            for engines, count in Counter(iter(map(self._engines.get, chain).__next__, None)).items():
+        holders = self._held.holders
+        if chain and chain[0] in holders:
+            for engines, count in Counter(iter(map(holders.get, chain).__next__, None)).items():
                 left = engines or 0
                 while left:
                     bit = left & -left
@@ -95,38 +94,10 @@ class LlmdIndex:
 
     def held(self, request: Features, candidate: Candidate) -> None:
         """Record that the engine has the prompt's blocks."""
-        name = candidate.name
-        held = self._held.get(name)
-        if held is None:
-            held = self._held[name] = OrderedDict()
-            self._bits[name] = self._free_bit()
-        bit, engines, capacity = self._bits[name], self._engines, self.capacity(candidate)
-        for block in self._chain(request):
-            if block in held:
-                held.move_to_end(block)
-            else:
-                held[block] = None
-                engines[block] = engines.get(block, 0) | bit
-                if len(held) > capacity:
-                    self._forget(held.popitem(last=False)[0], bit)
+        self._held.use(candidate.name, self._chain(request), self.capacity(candidate))
         self._matched = None
-
-    def _free_bit(self) -> int:
-        bit, taken = 1, set(self._bits.values())
-        while bit in taken:
-            bit <<= 1
-        return bit
-
-    def _forget(self, block: int, bit: int) -> None:
-        left = self._engines[block] & ~bit
-        if left:
-            self._engines[block] = left
-        else:
-            del self._engines[block]
 
     def gone(self, candidate: Candidate) -> None:
         """Forget all of an engine."""
-        bit = self._bits.pop(candidate.name, 0)
-        for block in self._held.pop(candidate.name, ()):
-            self._forget(block, bit)
+        self._held.gone(candidate.name)
         self._matched = None

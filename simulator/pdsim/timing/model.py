@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 PROFILES = ("h200", "h100")  # the second is derived from the first, as its file tells
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Prompt tokens of one request that one step computes.
 
     Args:

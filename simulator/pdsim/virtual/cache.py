@@ -5,15 +5,18 @@ first; a cached block can be used until it is handed out again. Here blocks are 
 on their content: a key stands for as many blocks as a trace's hash covers, and what has no key is a mere number.
 """
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Sequence
-from itertools import islice
 
 
 class BlockCache:
-    """Free, held and cached blocks."""
+    """Free, held and cached blocks.
 
-    __slots__ = ("_fresh", "_holders", "_queue", "_unkeyed", "free", "per_key", "total")
+    Keys are numbers of 0 and more. They are taken for any objects here: compiled, numbers would be converted back and
+    forth.
+    """
+
+    __slots__ = ("_cached", "_fresh", "_idle", "_more", "_queue", "_stale", "free", "per_key", "total")
 
     def __init__(self, total: int, per_key: int) -> None:
         """Prepare.
@@ -26,66 +29,83 @@ class BlockCache:
         self.per_key = per_key
         self.free = total
         self._fresh = total  # never used, or left over of a group that was broken up
-        self._queue: OrderedDict[int, int] = OrderedDict()  # free groups that were used: key -> blocks
-        self._holders: dict[int, int] = {}  # cached keys: how many sequences hold them
-        self._unkeyed = 0  # their groups have negative keys
+        self._cached: set[object] = set()  # keys
+        self._idle: set[object] = set()  # those of them that nobody holds
+        self._more: dict[object, int] = {}  # by how many more than one the others are held, where they are
+        # Free groups in the order in which they became free: a key, or less than 0 for so many blocks without one. A
+        # key that is held again stays where it was, so `_stale` counts its places that do not count.
+        self._queue: deque[object] = deque()
+        self._stale: dict[object, int] = {}
 
     @property
     def usage(self) -> float:
         """Share of the blocks that somebody holds, as `vllm:kv_cache_usage_perc`."""
         return (self.total - self.free) / self.total
 
-    def lookup(self, keys: Sequence[int], most: int) -> int:
+    def lookup(self, keys: Sequence[object], most: int) -> int:
         """Give how many of the first `most` keys are cached, from the first on."""
-        holders, count = self._holders, 0
-        for key in islice(keys, most):
-            if key not in holders:
+        cached, count = self._cached, 0
+        for key in keys:
+            if count == most or key not in cached:
                 break
             count += 1
         return count
 
-    def hold(self, keys: Sequence[int]) -> None:
+    def hold(self, keys: Sequence[object]) -> None:
         """Hold cached keys."""
-        holders, queue, freed = self._holders, self._queue, 0
+        idle, stale, more, freed = self._idle, self._stale, self._more, 0
         for key in keys:
-            count = holders[key]
-            if count == 0:
-                del queue[key]
+            if key in idle:
+                idle.discard(key)
+                stale[key] = stale.get(key, 0) + 1
                 freed += 1
-            holders[key] = count + 1
+            else:
+                more[key] = more.get(key, 0) + 1
         self.free -= freed * self.per_key
 
     def take(self, blocks: int) -> None:
         """Hand out free blocks, which there must be."""
         self.free -= blocks
-        fresh, queue = self._fresh, self._queue
-        while fresh < blocks:
-            key, size = queue.popitem(last=False)
-            if key >= 0:
-                del self._holders[key]
-            fresh += size
+        fresh = self._fresh
+        if fresh < blocks:
+            queue, stale, idle, cached, per_key = self._queue, self._stale, self._idle, self._cached, self.per_key
+            while fresh < blocks:
+                key = queue.popleft()
+                if key in stale:
+                    places = stale.pop(key) - 1
+                    if places:
+                        stale[key] = places
+                elif key in idle:
+                    idle.discard(key)
+                    cached.discard(key)
+                    fresh += per_key
+                else:
+                    assert isinstance(key, int)
+                    fresh -= key
         self._fresh = fresh - blocks
 
     def register(self, keys: Sequence[int], held: list[int]) -> None:
         """Make blocks that are held findable under keys; those that are new are added to `held`."""
-        holders = self._holders
-        for key in keys:
-            if key not in holders:
-                holders[key] = 1
-                held.append(key)
+        cached = self._cached
+        new = keys if cached.isdisjoint(keys) else [key for key in keys if key not in cached]
+        cached.update(new)
+        held.extend(new)
 
-    def release(self, held: Sequence[int], blocks: int) -> None:
+    def release(self, held: Sequence[object], blocks: int) -> None:
         """Let go of a sequence: the keys that it holds, and `blocks` in all."""
-        holders, queue, per_key = self._holders, self._queue, self.per_key
-        rest = blocks - len(held) * per_key
-        freed = 0
+        rest = blocks - len(held) * self.per_key
         if rest > 0:
-            self._unkeyed -= 1
-            queue[self._unkeyed] = rest
-        for key in reversed(held):
-            count = holders[key] - 1
-            holders[key] = count
-            if count == 0:
-                queue[key] = per_key
-                freed += 1
-        self.free += freed * per_key + rest
+            self._queue.append(-rest)
+        more = self._more
+        if more and not more.keys().isdisjoint(held):
+            held = [key for key in held if not self._shared(key)]
+        self._queue.extend(reversed(held))
+        self._idle.update(held)
+        self.free += len(held) * self.per_key + rest
+
+    def _shared(self, key: object) -> bool:
+        """Let one of several go of a key; give whether there are several."""
+        more = self._more.pop(key, 0)
+        if more > 1:
+            self._more[key] = more - 1
+        return more > 0

@@ -6,7 +6,6 @@ sums. `tests/virtual/test_engine.py` compares each time with that of the simulat
 """
 
 from collections import deque
-from collections.abc import Sequence as Ordered
 from heapq import heapify, heappop, heappush
 from math import sqrt
 from typing import Any, Protocol
@@ -33,7 +32,7 @@ class Sequence:
     )  # fmt: skip
 
     def __init__(
-        self, about: Any, keys: Ordered[int], length: int, output: int, source: "tuple[Engine, Sequence] | None" = None
+        self, about: Any, keys: list[int], length: int, output: int, source: "tuple[Engine, Sequence] | None" = None
     ) -> None:
         self.about = about
         self.keys = keys
@@ -419,7 +418,7 @@ class Engine:
         cache, keys = self.cache, sequence.keys
         # The last token is always computed: its logits are needed.
         found = cache.lookup(keys, (sequence.length - 1) // self._per_key)
-        held = list(keys[:found])
+        held = keys[:found]
         cache.hold(held)
         cached = found * self._per_key
         if sequence.source is not None and sequence.submitted > sequence.source[1].deadline:
