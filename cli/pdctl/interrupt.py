@@ -1,6 +1,8 @@
 """A closed terminal and a polite kill are interruptions as Ctrl-C is: what was measured is written down first."""
 
+import os
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -8,7 +10,17 @@ from types import FrameType
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # one is enough
+    if number == signal.SIGHUP:
+        _leave_the_terminal()
     raise KeyboardInterrupt
+
+
+def _leave_the_terminal() -> None:
+    """Let nothing be written to a terminal that is gone: it would fail in the middle of ending well."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(nothing, descriptor)
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """pdctl at a command line, with state and data folders of its own."""
 
+import fcntl
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,17 @@ class Shell:
             [*PDCTL, *arguments], env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             cwd=self.state.parent, stdin=subprocess.DEVNULL,
         )  # fmt: skip
+
+    def in_terminal(self, *arguments: str) -> tuple[subprocess.Popen[bytes], int]:
+        """Start a command in a terminal of its own; give it, and the descriptor that closes the terminal."""
+        window, terminal = pty.openpty()
+        process = subprocess.Popen(
+            [*PDCTL, *arguments], env=self.environment, stdin=terminal, stdout=terminal, stderr=terminal,
+            cwd=self.state.parent, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 no other thread holds a lock
+        )  # fmt: skip
+        os.close(terminal)
+        return process, window
 
     def processes(self) -> list[psutil.Process]:
         """Everything that runs for deployments of this shell."""
