@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from pdctl.cluster.beside import kept_in, way_to_router
+
 from .conftest import NAMESPACE, Objects
 from .flows import End, allowed
 
@@ -141,6 +143,21 @@ def test_with_a_download_only_its_job_reaches_the_hub(render: Render) -> None:
     for role in ("prefill", "decode"):
         assert not deployed.lets(role, "internet", 443)
         assert not deployed.lets(role, "DNS", 53, "UDP")
+
+
+def test_while_it_measures_from_an_engines_pod_that_role_reaches_the_router(deployed: Deployment) -> None:
+    pod = dict(deployed.ends["prefill"].labels)
+    assert kept_in(deployed.policies, pod)
+    assert not kept_in(deployed.policies, {"app": "web"})
+    way = way_to_router("20260101-120000-bench", pod, 10001)
+    opened = [*deployed.policies, way | {"metadata": way["metadata"] | {"namespace": NAMESPACE}}]
+    prefill, decode, router, dns = (deployed.ends[name] for name in ("prefill", "decode", "router", "DNS"))
+    assert allowed(opened, prefill, router, 10001)
+    assert allowed(opened, prefill, dns, 53, "UDP")
+    assert allowed(opened, prefill, decode, 5600)
+    assert not allowed(opened, prefill, router, 29000)
+    assert not allowed(opened, decode, router, 10001)
+    assert not allowed(opened, prefill, deployed.ends["other pod"], 8080)
 
 
 def test_kv_over_efa_needs_no_port_but_the_side_channel(render: Render) -> None:

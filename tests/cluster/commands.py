@@ -108,7 +108,8 @@ class Pdctl:
         self.namespace = namespace
         self.environment = os.environ | plane.environment
         self.environment |= {
-            "XDG_STATE_HOME": str(folder / "state"), "XDG_CONFIG_HOME": str(folder / "config"), "NO_COLOR": "1",
+            "XDG_STATE_HOME": str(folder / "state"), "XDG_CONFIG_HOME": str(folder / "config"),
+            "XDG_DATA_HOME": str(folder / "data"), "NO_COLOR": "1",
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody listens: no test asks the hub
         }  # fmt: skip
@@ -136,6 +137,11 @@ class Pdctl:
     def run(self, verb: str, *arguments: str, seconds: float = 180, **environment: str) -> Ended:
         """Run a command to its end."""
         return self.start(verb, *arguments, **environment).end(seconds)
+
+    def locally(self, *arguments: str, seconds: float = 180) -> Ended:
+        """Run a command that is told no namespace."""
+        command = [sys.executable, "-m", "pdctl", *arguments]
+        return Running(command, self.environment, self.folder).end(seconds)
 
     def deploy(
         self, *arguments: str, prefill: int = 1, decode: int = 1, values: str | None = None, **more: Any

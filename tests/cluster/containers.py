@@ -9,8 +9,9 @@ import ctypes
 import os
 import pathlib
 import sys
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from pdctl.evals.evaluate import LM_EVAL
 
 from .control_plane import die_with_parent
 
@@ -18,6 +19,8 @@ PRELOADED = ["cluster.fork_server", "pdsim.engine.vllm", "pdrouter.app"]
 LISTENING = {"pd-router": ("--host", "--prometheus-host", "--admin-host")}
 ENTRY_POINTS = {"pd-router": ["pd-router"]}
 """What an image starts when its container names no command, by the end of the image's name."""
+INTERPRETERS = {"lm-eval": str(LM_EVAL.folder / "bin/python")}
+"""Whose Python an image has, where it is not that of the tests."""
 
 _CLONE_NEWNS, _MS_PRIVATE, _MS_REC, _MS_BIND = 0x00020000, 1 << 18, 1 << 14, 1 << 12
 _MOUNTS = "/run/mounts"
@@ -25,13 +28,18 @@ _MOUNTS = "/run/mounts"
 
 @dataclass(frozen=True)
 class Start:
-    """What a process is started with; `files` are mounted folders' files by their path in the container."""
+    """What a process is started with.
+
+    Args:
+        files: mounted folders' files by their path in the container.
+        hosts: the file that becomes /etc/hosts.
+    """
 
     command: list[str]
     environment: dict[str, str]
     address: str
-    files: dict[str, bytes] = field(default_factory=dict)
-    hosts: str = ""
+    files: dict[str, bytes]
+    hosts: str
 
 
 def run(start: Start, output: int) -> None:
@@ -57,8 +65,9 @@ def run(start: Start, output: int) -> None:
 
         sys.argv = [program, *arguments, *(f"{flag}={start.address}" for flag in LISTENING[program])]
         app.main()
-    elif program == "python3":
-        os.execv(sys.executable, [sys.executable, *arguments])
+    elif program == "python3" or program in INTERPRETERS.values():
+        python = sys.executable if program == "python3" else program
+        os.execv(python, [python, *arguments])
     else:
         print(f'exec: "{program}": executable file not found in $PATH')
         os._exit(127)
@@ -78,10 +87,7 @@ def _mount(start: Start) -> None:
         raise OSError(ctypes.get_errno(), "unshare")
     libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None)
     libc.mount(b"pod", b"/run", b"tmpfs", 0, b"size=16m")
-    if start.hosts:
-        with tempfile.NamedTemporaryFile("w", dir="/run", delete=False) as hosts:
-            hosts.write(start.hosts)
-        libc.mount(hosts.name.encode(), b"/etc/hosts", None, _MS_BIND, None)
+    libc.mount(start.hosts.encode(), b"/etc/hosts", None, _MS_BIND, None)
     for path, content in start.files.items():
         there = pathlib.Path(path if path.startswith("/run/") else _MOUNTS + path)
         there.parent.mkdir(parents=True, exist_ok=True)

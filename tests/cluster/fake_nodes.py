@@ -6,6 +6,7 @@ does. Addresses of pods are made local to this machine, so that whoever binds on
 
 import contextlib
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from .control_plane import BIN, ROOT, ClusterError, ControlPlane, NotPossible, f
 from .slots import claimed_slot, fake_pods, folder_of, ports
 
 GPUS = 8
+PROGRAMS = pathlib.Path(__file__).parent / "programs"  # what `kubectl exec` finds in a pod
 CRDS = ("attaches", "clusterexecs", "execs", "logs", "portforwards")
 
 
@@ -89,7 +91,7 @@ def fake_nodes(plane: ControlPlane, slot: int, count: int = 2) -> Iterator[None]
             "--tls-cert-file=admin.crt", "--tls-private-key-file=admin.key", "--node-lease-duration-seconds=40",
             "--node-ip=127.0.0.1", "--node-name=localhost", f"--node-port={port}", f"--server-address=127.0.0.1:{port}",
             "--enable-crds=Attach,ClusterExec,Exec,Logs,PortForward",
-            environment={"PATH": "/usr/bin:/bin", "HOME": "/tmp"},  # what is exec'd inherits it
+            environment={"PATH": f"{PROGRAMS}:/usr/bin:/bin", "HOME": "/tmp"},  # what is exec'd is looked for there
         )  # fmt: skip
         names = [f"gpu-{number}" for number in range(count)]
         for number, name in enumerate(names):

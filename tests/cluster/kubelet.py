@@ -22,6 +22,7 @@ import signal
 import ssl
 import sys
 import time
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from multiprocessing.reduction import DupFd
@@ -29,10 +30,12 @@ from typing import Any
 
 import httpx
 
-from .containers import ENTRY_POINTS, PRELOADED, Start, run
+from .containers import ENTRY_POINTS, INTERPRETERS, PRELOADED, Start, run
+from .fake_nodes import PROGRAMS
 
 FAULT = "fault.pdctl.test/"
 KWOK = "/apis/kwok.x-k8s.io/v1alpha1/namespaces"
+SLICES = "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices"
 BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds; a real one begins at 10
 TAIL = 2048  # bytes of a log in a container's last words, as the kubelet has it
 
@@ -237,6 +240,7 @@ class Pod:
         container.process = process
         process.start()
         os.close(writing)
+        self._number(container).write_text(str(process.pid))
         container.state = {"running": {"startedAt": at}}
         if container in self.containers:
             self.phase = "Running"
@@ -286,7 +290,10 @@ class Pod:
         if refused:
             raise Waiting("ErrImagePull", f'failed to pull and unpack image "{image}": {refused}')
         name = image.rpartition("@")[0] or image.rpartition(":")[0]
-        command = [*(spec.get("command") or ENTRY_POINTS.get(name.rpartition("/")[2], [])), *spec.get("args", ())]
+        name = name.rpartition("/")[2]
+        command = [*(spec.get("command") or ENTRY_POINTS.get(name, [])), *spec.get("args", ())]
+        if command[:1] == ["python3"] and name in INTERPRETERS:
+            command[0] = INTERPRETERS[name]
         if not command:
             raise Waiting("RunContainerError", f"the fake node does not know what image {image} starts")
         files = await self._files(spec)
@@ -297,8 +304,18 @@ class Pod:
             "KUBERNETES_SERVICE_PORT": str(self.api.client.base_url.port),
         }
         for one in spec.get("env", ()):
-            environment[one["name"]] = await self._value(one)
-        return Start(command, environment, self.address, files, await self._hosts())
+            environment[one["name"]] = self._emptied(spec, await self._value(one))
+        return Start(command, environment, self.address, files, str(await self._hosts()))
+
+    def _emptied(self, spec: Json, value: str) -> str:
+        """Name the folder here that stands for an empty one of the pod, which the environment names."""
+        empty = {one["name"] for one in self.told["spec"].get("volumes", ()) if "emptyDir" in one}
+        for mount in spec.get("volumeMounts", ()):
+            if mount["name"] in empty and value == mount["mountPath"]:
+                folder = self.logs / mount["name"]
+                folder.mkdir(exist_ok=True)
+                return str(folder)
+        return value
 
     async def _value(self, told: Json) -> str:
         source = told.get("valueFrom")
@@ -356,17 +373,23 @@ class Pod:
             raise Waiting("ContainerCreating", 'configmap "kube-root-ca.crt" not found')
         return {"token": token.encode(), "ca.crt": authority, "namespace": self.namespace.encode()}
 
-    async def _hosts(self) -> str:
+    async def _hosts(self) -> pathlib.Path:
+        """Give the file that names the Services of the namespace."""
+        slices = await self.api.call("GET", f"{SLICES.format(self.namespace)}")
+        self.name_services(slices.get("items", ()))
+        return self.logs / "hosts"
+
+    def name_services(self, slices: Iterable[Json]) -> None:
         """Name the Services of the namespace, each by a ready pod's address: there is no DNS and no proxy here."""
-        slices = await self.api.call("GET", f"/apis/discovery.k8s.io/v1/namespaces/{self.namespace}/endpointslices")
         lines = ["127.0.0.1 localhost", f"{self.address} {self.name}"]
-        for one in slices.get("items", ()):
+        for one in slices:
             service = one["metadata"].get("labels", {}).get("kubernetes.io/service-name")
             ready = [end["addresses"][0] for end in one.get("endpoints") or () if end["conditions"].get("ready")]
             if service and ready:
                 own = f"{service}.{self.namespace}"
                 lines.append(f"{ready[0]} {service} {own} {own}.svc {own}.svc.cluster.local")
-        return "\n".join(lines) + "\n"
+        with contextlib.suppress(FileNotFoundError):  # not begun yet
+            (self.logs / "hosts").write_text("\n".join(lines) + "\n")  # in place: it is mounted
 
     async def _probe(self, container: Container, began: float) -> None:
         """Say when the container is ready, and when no longer, by its readiness probe."""
@@ -412,7 +435,7 @@ class Pod:
         with contextlib.suppress(asyncio.CancelledError):
             await running
         # Before the pod: this task is cancelled as soon as the watch says that the pod is gone.
-        for kind in ("logs", "portforwards"):
+        for kind in ("execs", "logs", "portforwards"):
             await self.api.call("DELETE", f"{KWOK}/{self.namespace}/{kind}/{self.name}")
         await self.api.call("DELETE", self.path, {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}})
 
@@ -469,7 +492,7 @@ class Pod:
         await self.api.call("POST", f"/api/v1/namespaces/{self.namespace}/events", body)
 
     async def _debuggable(self) -> None:
-        """Tell kwok where this pod's logs are, and where its ports."""
+        """Tell kwok where this pod's logs are, where its ports, and how a command gets into its containers."""
         logs = [
             {
                 "containers": [one.spec["name"]],
@@ -482,8 +505,10 @@ class Pod:
         ports = {port["containerPort"] for one in self.containers for port in one.spec.get("ports", ())}
         ports |= {29001}  # the router's admin port, which a chart does not declare
         forwards = [{"ports": [port], "target": {"address": self.address, "port": port}} for port in sorted(ports)]
+        execs = [{"containers": [one.spec["name"]], "local": {"envs": self._within(one)}} for one in self.containers]
         owner = {"apiVersion": "v1", "kind": "Pod", "name": self.name, "uid": self.uid}
         for plural, kind, spec in (
+            ("execs", "Exec", {"execs": execs}),
             ("logs", "Logs", {"logs": logs}),
             ("portforwards", "PortForward", {"forwards": forwards}),
         ):
@@ -494,6 +519,19 @@ class Pod:
                 "spec": spec,
             }
             await self.api.call("POST", f"{KWOK}/{self.namespace}/{plural}", body)
+
+    def _number(self, container: Container) -> pathlib.Path:
+        """Give the file with the number of a container's process, by whose mounts others get into it."""
+        return self.logs / f"{container.spec['name']}.pid"
+
+    def _within(self, container: Container) -> list[Json]:
+        environment = {
+            "PATH": f"{PROGRAMS}:/usr/bin:/bin",
+            "CONTAINER": str(self._number(container)),
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(PROGRAMS.parent.parent),
+        }
+        return [{"name": name, "value": value} for name, value in environment.items()]
 
 
 class DupFdIn:
@@ -535,7 +573,34 @@ class Kubelet:
         self._given = 0
 
     async def run(self) -> None:
-        """Follow pods for ever."""
+        """Follow pods, and what Services lead to, for ever."""
+        naming = asyncio.create_task(self._name_services())
+        try:
+            await self._follow_pods()
+        finally:
+            naming.cancel()
+
+    async def _name_services(self) -> None:
+        """Let pods know the Services that come after them."""
+        path = SLICES.format("").replace("/namespaces/", "")
+        while True:
+            listed = await self.api.call("GET", path)
+            known = {one["metadata"]["uid"]: one for one in listed.get("items", ())}
+            with contextlib.suppress(httpx.HTTPError, json.JSONDecodeError):
+                async for event in self._events(path, listed["metadata"]["resourceVersion"]):
+                    if event["type"] not in ("ADDED", "MODIFIED", "DELETED"):
+                        break
+                    changed = event["object"]["metadata"]
+                    known[changed["uid"]] = event["object"]
+                    if event["type"] == "DELETED":
+                        del known[changed["uid"]]
+                    for pod in self.pods.values():
+                        if pod.namespace == changed["namespace"]:
+                            of = [one for one in known.values() if one["metadata"]["namespace"] == pod.namespace]
+                            pod.name_services(of)
+            await asyncio.sleep(0.1)
+
+    async def _follow_pods(self) -> None:
         while True:
             listed = await self.api.call("GET", "/api/v1/pods")
             if not listed:
@@ -549,18 +614,20 @@ class Kubelet:
                 await self._watch(listed["metadata"]["resourceVersion"])
             await asyncio.sleep(0.1)
 
-    async def _watch(self, version: str) -> None:
+    async def _events(self, path: str, version: str) -> AsyncIterator[Json]:
         query = {"watch": "true", "resourceVersion": version, "timeoutSeconds": "300"}
-        get = self.api.client.stream("GET", "/api/v1/pods", params=query, timeout=310)
-        async with get as answer:
+        async with self.api.client.stream("GET", path, params=query, timeout=310) as answer:
             async for line in answer.aiter_lines():
-                event = json.loads(line)
-                if event["type"] == "DELETED":
-                    self._gone(event["object"]["metadata"]["uid"])
-                elif event["type"] in ("ADDED", "MODIFIED"):
-                    await self._seen(event["object"])
-                else:
-                    return
+                yield json.loads(line)
+
+    async def _watch(self, version: str) -> None:
+        async for event in self._events("/api/v1/pods", version):
+            if event["type"] == "DELETED":
+                self._gone(event["object"]["metadata"]["uid"])
+            elif event["type"] in ("ADDED", "MODIFIED"):
+                await self._seen(event["object"])
+            else:
+                return
 
     async def _seen(self, told: Json) -> None:
         uid, node = told["metadata"]["uid"], told["spec"].get("nodeName")

@@ -1,9 +1,13 @@
-"""The real `vllm bench serve`, where an installation of vLLM is given: its arguments, and what it measured."""
+"""The real `vllm bench serve`: its arguments, and what it measured.
+
+Here it is an installation of vLLM; in a cluster it runs within an engine's pod (`in_pod`).
+"""
 
 import os
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -81,8 +85,8 @@ def measure(
     vllm = program()
     with tempfile.TemporaryDirectory() as folder, as_file(files("pdsim.engine") / "tokenizer") as simulated:
         named = tokenizer or (str(simulated) if place.simulated else place.model)
-        command = [vllm, *arguments(workload, place.url, place.model, named, run.slos, workload.seed)]
-        command += ["--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", "result.json"]
+        asked = arguments(workload, place.url, place.model, named, run.slos, workload.seed + repeat)
+        command = [vllm, *asked, *saving(folder, "result.json")]
         run.note(client_command=command)
         log = run.folder / f"vllm-{repeat}.log"
         with log.open("wb") as file:
@@ -92,17 +96,48 @@ def measure(
             ).returncode  # fmt: skip
         path = Path(folder) / "result.json"
         if status or not path.exists():
-            raise PdctlError(
-                f"vllm bench serve ended with status {status}", f"see the whole log: {log}",
-                evidence=log.read_text(errors="replace").splitlines()[-_ERROR_LINES:],
-            )  # fmt: skip
+            raise failed(status, log)
+        told = keep(run, repeat, path)
+    on_progress(told["completed"] + told["failed"], told["failed"])
+    return told
+
+
+def saving(folder: str, name: str) -> list[str]:
+    """Give the arguments that say where the result goes, each request with it."""
+    return ["--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", name]
+
+
+def failed(status: int, log: Path) -> PdctlError:
+    """Say that it failed, with the end of its log."""
+    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+    shown = [line for line in lines if line.strip()][-_ERROR_LINES:]
+    return PdctlError(f"vllm bench serve ended with status {status}", f"see the whole log: {log}", evidence=shown)
+
+
+def keep(run: Run, repeat: int, path: Path) -> dict[str, Any]:
+    """Check the result that it saved, and write it into the run's folder.
+
+    Raises:
+        PdctlError: it is not whole.
+    """
+    try:
         told: dict[str, Any] = orjson.loads(path.read_bytes())
-    _keep_requests(run, told, repeat)
+        ended = told["completed"] + told["failed"]
+        _keep_requests(run, told, repeat)
+    except (orjson.JSONDecodeError, LookupError, TypeError) as error:
+        raise PdctlError(
+            f"the result of vllm bench serve cannot be read: {type(error).__name__}: {error}", f"look at {path}"
+        ) from None
+    if ended != run.workload.num_prompts:
+        raise PdctlError(
+            f"vllm bench serve counts {ended} of {run.workload.num_prompts} requests", f"see its log in {run.folder}"
+        )
+    reasons = Counter(error.strip().splitlines()[-1] for error in told["errors"] if error.strip())
     for name in ("input_lens", "output_lens", "ttfts", "itls", "start_times", "generated_texts", "errors"):
         told.pop(name, None)
-    extra = {"partial": False, "repeat": repeat, "client": "vllm", "slos": {}, "aborted": 0, "errors": {}}
-    told |= {"num_gpus": place.gpus, "simulated": place.simulated, "pdctl": extra}
-    on_progress(told["completed"] + told["failed"], told["failed"])
+    slos = {slo.metric: slo.milliseconds for slo in run.slos}
+    extra = {"partial": False, "repeat": repeat, "client": "vllm", "slos": slos, "aborted": 0, "errors": dict(reasons)}
+    told |= {"num_gpus": run.about["fleet"]["gpus"], "simulated": run.simulated, "pdctl": extra}
     run.keep(repeat, told)
     return told
 

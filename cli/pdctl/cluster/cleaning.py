@@ -123,7 +123,8 @@ async def remove(
     for name in found.releases:
         await helm.uninstall(name)
         tell(f"{name} is uninstalled")
-    for kind in ("pods", "jobs", "configmaps"):  # hooks, such as the pod of helm test, belong to no release
+    # Hooks, such as the pod of helm test, belong to no release; nor does what measuring put beside them.
+    for kind in ("pods", "jobs", "configmaps", "networkpolicies"):
         for thing in await cluster.list(paths.namespaced(kind, namespace), PART):
             if not thing["metadata"].get("ownerReferences") and not thing["metadata"].get("deletionTimestamp"):
                 await cluster.delete(paths.namespaced(kind, namespace, thing["metadata"]["name"]))

@@ -11,6 +11,8 @@ from pdctl.cluster.api import ApiError, Cluster
 from pdctl.podstate.state import Phase, Pod, Snapshot, read_snapshot
 
 PART = "app.kubernetes.io/part-of=pdctl"
+COMPONENT = "app.kubernetes.io/component"
+BESIDE = ("test", "eval")  # no parts of a deployment: they stand beside it for a while
 TAIL_LINES = 30
 LOG_EVERY = 3.0  # seconds between two looks at the last log line of a pod that is not ready
 AT_ONCE = 8
@@ -44,7 +46,8 @@ class Observer:
             *(self.cluster.list(paths.namespaced(kind, self.namespace), PART) for kind in kinds), self._events()
         )
         pods, deployments, jobs, sets, events = found
-        pods = [one for one in pods if one["metadata"]["labels"].get("app.kubernetes.io/component") != "test"]
+        pods, jobs = ([one for one in some if one["metadata"]["labels"].get(COMPONENT) not in BESIDE]
+                      for some in (pods, jobs))  # fmt: skip
         for kind, items in (("Deployment", deployments), ("Job", jobs)):
             for item in items:
                 item["kind"] = kind  # the API leaves it out within lists

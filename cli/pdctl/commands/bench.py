@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from pdctl.bench import vllm
+from pdctl.bench import caches, in_pod, vllm
+from pdctl.bench.caches import CachesKeptError
 from pdctl.bench.measure import Client, measure, warnings
 from pdctl.bench.repeats import spread
 from pdctl.bench.result import table
@@ -22,6 +23,7 @@ from pdctl.errors import ExitCode, PdctlError
 from pdctl.interrupt import interruptible
 from pdctl.runs import Run, Store
 from pdctl.runs.setting import Place, command, machine, placed, versions
+from pdctl.targets import KubernetesTarget, Target
 
 
 class Generator(StrEnum):
@@ -58,9 +60,17 @@ def bench(
     seed: loads.Seed = 0,
     prompts: loads.Spelled = loads.Prompts.AUTO,
     client: Annotated[
-        Generator,
-        typer.Option(help="Who makes the load; vllm: the real vllm bench serve, by PDCTL_VLLM or from PATH."),
-    ] = Generator.PDCTL,
+        Generator | None,
+        typer.Option(
+            help="Who makes the load; vllm: the real vllm bench serve: in a cluster within an engine's pod, where it "
+            "goes on whatever becomes of the connection; here by PDCTL_VLLM or from PATH.",
+            show_default="vllm before real engines in a cluster, else pdctl",
+        ),
+    ] = None,
+    attach: Annotated[
+        bool,
+        typer.Option("--attach", help="Go back to what goes on in a cluster: the newest such run, or that of --label."),
+    ] = False,
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer for --client vllm.", show_default="the served model's")
     ] = None,
@@ -72,8 +82,11 @@ def bench(
 ) -> None:
     """Send prompts, so many at once or so many a second, and print what `vllm bench serve` prints.
 
-    Exit status 1 when a request failed. Interrupted, it reports what it has.
+    Exit status 1 when a request failed. Interrupted, it reports what it has; within a cluster it goes on, see --attach.
     """
+    if attach:
+        _attach(label, output, json)
+        return
     slos = slos_of(slo)
     # The deployment is reached until the command ends.
     place = here.with_resource(placed(url, name, namespace, context, model))
@@ -82,9 +95,14 @@ def bench(
         ramp=ramp, trace=trace, trace_speed=trace_speed, longest_input=longest_input, turns=turns,
         shared_prefix=shared_prefix, think=think, abort=abort, warmup=warmup, seed=seed, prompts=prompts,
     )  # fmt: skip
+    away = isinstance(place.target, KubernetesTarget)
+    client = client or (Generator.VLLM if away and not place.simulated else Generator.PDCTL)
+    away = away and client is Generator.VLLM
     if client is Generator.VLLM:
         vllm.arguments(workload, place.url, place.model, tokenizer or place.model, slos, seed)
-        vllm.program()
+        if not away:
+            vllm.program()
+    emptied = not keep_caches and place.target is not None and _emptied(place.target)
     run = Store().new("bench", label)
     run.begin(
         about("bench", place, workload, repeats)
@@ -92,24 +110,27 @@ def bench(
             "slos": {one.metric: one.milliseconds for one in slos},
             "client": client.value,
             "processes": processes,
-            "caches_reset": not keep_caches and place.target is not None,
+            "caches_reset": emptied,
         }
     )
+    if away:
+        assert isinstance(place.target, KubernetesTarget)
+        _within(run, place.target, tokenizer)
+        told = _finish(run, output, json)
+        judge(told, place)
+        return
     interrupted = False
     with interruptible():
         try:
             for repeat in range(repeats):
-                once(run, workload, place, repeat, client_of(processes, trace, keep_caches), client, tokenizer)
+                once(run, workload, place, repeat, client_of(processes, trace, not emptied), client, tokenizer)
         except KeyboardInterrupt:
             interrupted = True
         except BaseException:
             run.end("failed")
             raise
         run.end("partial" if interrupted else "done")
-    told = run.results()
-    if output:
-        output.write_bytes(orjson.dumps(told[0] if len(told) == 1 else told))
-    show(run, json)
+    told = _finish(run, output, json)
     if interrupted:
         raise PdctlError(
             f"interrupted after {len(run.records())} of {num_prompts * repeats} requests; these figures are partial",
@@ -117,6 +138,78 @@ def bench(
             ExitCode.INTERRUPTED,
         )
     judge(told, place)
+
+
+def _emptied(target: Target) -> bool:
+    """Empty prefix caches, or say why they are as they are."""
+    try:
+        caches.reset(target)
+    except CachesKeptError as error:
+        err.print(f"[bold yellow]note[/]: {error.cause}; {error.next_step}", soft_wrap=True)
+        return False
+    return True
+
+
+def _finish(run: Run, output: Path | None, json: bool) -> list[dict[str, Any]]:
+    told = run.results()
+    if output:
+        output.write_bytes(orjson.dumps(told[0] if len(told) == 1 else told))
+    show(run, json)
+    return told
+
+
+def _within(run: Run, target: KubernetesTarget, tokenizer: str | None) -> None:
+    """Start `vllm bench serve` in an engine's pod and follow it."""
+    with interruptible():
+        try:
+            in_pod.start(run, target, tokenizer, say)
+        except BaseException:
+            run.end("failed")
+            raise
+    _follow(run, target)
+
+
+def _follow(run: Run, target: KubernetesTarget) -> None:
+    asked = run.workload.num_prompts * run.about["repeats"]
+    with interruptible(), counted(run.name, asked, f"{run.workload.title()}, within {run.about['pod']}") as on_progress:
+        try:
+            in_pod.follow(run, target, on_progress, say)
+        except KeyboardInterrupt:
+            raise PdctlError(
+                f"{run.name} goes on in {run.about['pod']}",
+                f"come back to it: pdctl bench --attach; end it: pdctl runs stop {run.name}",
+                ExitCode.INTERRUPTED,
+            ) from None
+        except BaseException:
+            run.end("failed")
+            raise
+    run.end("done")
+
+
+def _attach(label: str | None, output: Path | None, json: bool) -> None:
+    """Follow a run that goes on in a cluster.
+
+    Raises:
+        PdctlError: there is none.
+    """
+    store = Store()
+    there = [store.find(label)] if label else [run for run in store.all() if run.kind == "bench"]
+    there = [run for run in there if run.state == "detached"]
+    if not there:
+        raise PdctlError(
+            f"{label or 'no run'} goes on in a cluster without a command that follows it", "see pdctl runs ls"
+        )
+    run = there[-1]
+    with KubernetesTarget(**run.about["deployment"]) as target:
+        run.resume()
+        _follow(run, target)
+        told = _finish(run, output, json)
+        judge(told, Place("", run.about["model"], target))
+
+
+def say(text: str) -> None:
+    """Say what the user need not read."""
+    err.print(text, style="dim", soft_wrap=True)
 
 
 def about(kind: str, place: Place, workload: Workload, repeats: int) -> dict[str, Any]:

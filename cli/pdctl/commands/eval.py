@@ -13,7 +13,7 @@ from pdctl.commands.loads import Label
 from pdctl.commands.options import Context, Json, Name, Namespace
 from pdctl.console import err, out, print_json
 from pdctl.errors import ExitCode, PdctlError
-from pdctl.evals import traps
+from pdctl.evals import in_cluster, traps
 from pdctl.evals.evaluate import LM_EVAL, Told, Wish, evaluate
 from pdctl.evals.parity import Parity
 from pdctl.evals.parity import parity as compared
@@ -22,6 +22,7 @@ from pdctl.interrupt import interruptible
 from pdctl.report.write import write
 from pdctl.runs import Run, Store
 from pdctl.runs.setting import Place, command, machine, placed, versions
+from pdctl.targets import KubernetesTarget
 
 
 def eval_(
@@ -54,6 +55,13 @@ def eval_(
     against: Annotated[
         str | None, typer.Option(help="URL of that engine.", show_default="the deployment's first decode engine")
     ] = None,
+    inside: Annotated[
+        bool, typer.Option("--in-cluster", help="Run lm_eval as a Job beside the engines, which goes on by itself.")
+    ] = False,
+    image: Annotated[
+        str | None, typer.Option(help="Image of that Job; with lm_eval in it nothing is installed.",
+                                 show_default="the engines'")
+    ] = None,
     label: Label = None,
     resume: Annotated[
         str | None, typer.Option(help="Go on with an evaluation that was interrupted.", show_default=False)
@@ -72,27 +80,32 @@ def eval_(
         wish, asked = Wish(**run.about["wish"]), run.about["asked"]
         # The deployment is reached until the command ends.
         place = here.with_resource(placed(**asked))
-        parity, against = run.about["parity"], run.about["against"]
+        parity, against, inside, image = (run.about[key] for key in ("parity", "against", "inside", "image"))
     else:
         wish = Wish(
             task, concurrency, limit, num_fewshot, str(include_path.resolve()) if include_path else None, tokenizer
         )
         asked = {"url": url, "name": name, "namespace": namespace, "context": context, "model": model}
         place = here.with_resource(placed(**asked))
+        if inside and (parity or not isinstance(place.target, KubernetesTarget)):
+            raise PdctlError(
+                "--in-cluster is for a deployment on Kubernetes, and without --parity", "leave it out", ExitCode.USAGE
+            )
         against = _alone(place, against) if parity else None
         run = Store().new("eval", label)
         run.begin(
             {
                 "kind": "eval", "task": task, "command": command(), "machine": machine(), "requests": None,
                 "versions": versions() | {"lm_eval": LM_EVAL.packages[0].partition("==")[2]},
-                "wish": wish.told(), "asked": asked, "parity": parity, "against": against, **place.told(),
+                "wish": wish.told(), "asked": asked, "parity": parity, "against": against, "inside": inside,
+                "image": image, **place.told(),
             }
         )  # fmt: skip
     with interruptible():
         try:
             if resume is not None:
                 run.resume()
-            told = _evaluated(run, "", wish, place)
+            told = _evaluated(run, "", wish, place, inside, image)
             alone = None
             if against is not None:
                 _evaluated(run, "alone-", wish, Place(against, place.model, served=place.served))
@@ -100,6 +113,12 @@ def eval_(
                 (run.folder / "parity.json").write_bytes(orjson.dumps(alone.told()))
         except KeyboardInterrupt:
             answered = sum(1 for _ in run.lines("answers.jsonl"))
+            if run.away:
+                raise PdctlError(
+                    f"{run.name} goes on in the cluster; {answered} answers were fetched",
+                    f"come back to it: pdctl eval --resume {run.name}; end it: pdctl runs stop {run.name}",
+                    ExitCode.INTERRUPTED,
+                ) from None
             run.end("partial")
             raise PdctlError(
                 f"interrupted after {answered} answers; they are kept and not asked again",
@@ -124,9 +143,9 @@ def _alone(place: Place, against: str | None) -> str:
     raise PdctlError("parity needs one engine to compare with", "name it by --against URL", ExitCode.USAGE)
 
 
-def _evaluated(run: Run, part: str, wish: Wish, place: Place) -> Told:
+def _evaluated(run: Run, part: str, wish: Wish, place: Place, inside: bool = False, image: str | None = None) -> Told:
     what = f"{run.name} alone" if part else run.name
-    before = len({line["prompt"] for line in run.lines(f"{part}answers.jsonl")})
+    before = 0 if inside else len({line["prompt"] for line in run.lines(f"{part}answers.jsonl")})
     with _progress(what) as progress:
         announced = 0
 
@@ -139,7 +158,16 @@ def _evaluated(run: Run, part: str, wish: Wish, place: Place) -> Told:
                 _announce(wish, told, before)
             progress(told)
 
-        return evaluate(run, part, wish, place, on_told, lambda text: err.print(text, style="dim", soft_wrap=True))
+        if inside:
+            assert isinstance(place.target, KubernetesTarget)
+            if not in_cluster.goes_on(run, place.target):
+                in_cluster.start(run, place.target, wish, place, image)
+            return in_cluster.follow(run, place.target, on_told, _say)
+        return evaluate(run, part, wish, place, on_told, _say)
+
+
+def _say(text: str) -> None:
+    err.print(text, style="dim", soft_wrap=True)
 
 
 def _announce(wish: Wish, told: Told, before: int) -> None:

@@ -7,13 +7,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from pdctl.bench import in_pod
 from pdctl.bench.repeats import HEADLINES, headlines
 from pdctl.bench.result import table as vllm_table
 from pdctl.commands.options import Json, Yes
 from pdctl.console import err, out, print_json
 from pdctl.errors import ExitCode, PdctlError
+from pdctl.evals import in_cluster
 from pdctl.runs import Run, Store
 from pdctl.runs.export import export
+from pdctl.targets import KubernetesTarget
 
 Named = Annotated[
     str, typer.Argument(help="Name, its beginning, its label, or last; RUN/POINT is a point of it.", metavar="RUN")
@@ -43,7 +46,7 @@ def ls(json: Json = False) -> None:
             figures[key].text(digits) if key in figures else ""
             for key, digits in (("output_throughput", 0), ("median_ttft_ms", 1), ("median_itl_ms", 2))
         ]
-        colour = {"done": "green", "running": "cyan"}.get(run.state, "yellow")
+        colour = {"done": "green", "running": "cyan", "detached": "cyan"}.get(run.state, "yellow")
         engines = "[yellow]simulated[/]" if run.simulated else "real"
         table.add_row(run.name, f"[{colour}]{run.state}[/]", engines, what(run), *shown)
     out.print(table)
@@ -122,6 +125,21 @@ def points_table(run: Run) -> Table:
         row = [figures[key].text() if key in figures else "" for key in keys]
         table.add_row(point.name, str(len(point.finished)), *row)
     return table
+
+
+@runs.command("stop")
+def stop(name: Named = "last") -> None:
+    """End what goes on in a cluster for a run, and remove it there."""
+    run = Store().find(name)
+    if run.state != "detached":
+        raise PdctlError(f"nothing goes on in a cluster for {run.name} ({run.state})", "see pdctl runs ls")
+    with KubernetesTarget(**run.about["deployment"]) as target:
+        if run.kind == "eval":
+            in_cluster.take(run, target)
+        else:
+            in_pod.take(run, target, lambda text: err.print(text, style="dim", soft_wrap=True))
+    run.end("failed")
+    err.print(f"{run.name} was ended in {run.about['pod']}", soft_wrap=True)
 
 
 @runs.command("rm")

@@ -2,8 +2,8 @@
 
 import os
 import subprocess
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,18 @@ def max_length(place: Place) -> int:
         return DEFAULT_LENGTH
 
 
+def orders_of(wish: Wish, place: Place, part: str, folder: Path) -> dict[str, Any]:
+    """Give the driver's orders; `folder` is where its files go."""
+    return {
+        "tasks": wish.task.split(","), "concurrency": wish.concurrency, "limit": wish.limit, "seed": wish.seed,
+        "num_fewshot": wish.num_fewshot, "include_path": wish.include_path, "model": place.model,
+        "base_url": f"{place.url}/v1/completions", "max_length": max_length(place), "timeout": TIMEOUT_SECONDS,
+        "tokenizer": wish.tokenizer or ("served" if place.simulated else None),
+        "answers": str(folder / f"{part}answers.jsonl"), "samples": str(folder / f"{part}samples.jsonl"),
+        "scores": str(folder / f"{part}scores.json"), "cache": str(folder / f"{part}cache"),
+    }  # fmt: skip
+
+
 def evaluate(
     run: Run, part: str, wish: Wish, place: Place, on_told: Callable[[Told], None], say: Callable[[str], None]
 ) -> Told:
@@ -94,29 +106,27 @@ def evaluate(
     """
     python = LM_EVAL.program("python", say)
     folder = run.folder
-    orders = {
-        "tasks": wish.task.split(","), "concurrency": wish.concurrency, "limit": wish.limit, "seed": wish.seed,
-        "num_fewshot": wish.num_fewshot, "include_path": wish.include_path, "model": place.model,
-        "base_url": f"{place.url}/v1/completions", "max_length": max_length(place), "timeout": TIMEOUT_SECONDS,
-        "tokenizer": wish.tokenizer or ("served" if place.simulated else None),
-        "answers": str(folder / f"{part}answers.jsonl"), "samples": str(folder / f"{part}samples.jsonl"),
-        "scores": str(folder / f"{part}scores.json"), "cache": str(folder / f"{part}cache"),
-    }  # fmt: skip
+    orders = orders_of(wish, place, part, folder)
     path, log = folder / f"{part}orders.json", folder / f"{part}lm_eval.log"
     path.write_bytes(orjson.dumps(orders, option=orjson.OPT_INDENT_2))
-    told = Told()
+    heard = Heard(log)
     with as_file(files("pdctl.evals") / "driver.py") as driver, log.open("ab") as errors:
         process = subprocess.Popen(
             [python, str(driver), str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             start_new_session=True, env=_environment(wish),
         )  # fmt: skip
+        assert process.stdout is not None
         try:
-            return _listen(process, told, log, on_told)
+            for line in process.stdout:
+                if heard.all([line]):
+                    on_told(heard.told)
+                if heard.over:
+                    return heard.told
+            raise heard.failed(f"lm_eval ended with status {process.wait()}")
         finally:
             assert process.stdin is not None
             process.stdin.close()  # it ends by that
             process.wait()
-            assert process.stdout is not None
             process.stdout.close()
 
 
@@ -127,31 +137,54 @@ def _environment(wish: Wish) -> dict[str, str]:
     return made
 
 
-def _listen(process: subprocess.Popen[bytes], told: Told, log: Path, on_told: Callable[[Told], None]) -> Told:
-    assert process.stdout is not None
-    for line in process.stdout:
-        try:
-            said: dict[str, Any] = orjson.loads(line)
-        except ValueError:
-            continue  # a library's own words
-        if "trap" in said:
-            raise PdctlError(
-                f"the answers cannot be right: {said['trap']}",
-                "no score was made of them; check what stands between here and the engine, then go on with --resume",
-            )
-        if "error" in said:
-            raise _failed(said["error"], log)
-        if "requests" in said:
-            told.requests += said["requests"]
-            told.tasks = tuple(sorted({*told.tasks, *said["tasks"]}))
-        told.done = said.get("done", told.done)
-        told.truncated = said.get("truncated", told.truncated)
-        on_told(told)
-        if said.get("over"):
-            return told
-    raise _failed(f"lm_eval ended with status {process.wait()}", log)
+@dataclass(slots=True)
+class Heard:
+    """What the driver has said so far.
 
+    Args:
+        log: where its other words are.
+        told: what it came to.
+        over: whether it has evaluated all.
+    """
 
-def _failed(cause: str, log: Path) -> PdctlError:
-    lines = [line[:300] for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return PdctlError(cause, f"see the whole log: {log}; then go on with --resume", evidence=lines[-_ERROR_LINES:])
+    log: Path
+    told: Told = field(default_factory=Told)
+    over: bool = False
+
+    def all(self, lines: Iterable[bytes]) -> bool:
+        """Take lines; give whether one of them told something.
+
+        Raises:
+            PdctlError: lm_eval failed, or an answer cannot be right.
+        """
+        told = self.told
+        some = False
+        for line in lines:
+            try:
+                said = orjson.loads(line)
+            except ValueError:
+                continue  # a library's own words
+            if not isinstance(said, dict):
+                continue
+            if "trap" in said:
+                raise PdctlError(
+                    f"the answers cannot be right: {said['trap']}",
+                    "no score was made of them; check what stands between here and the engine, then go on with "
+                    "--resume",
+                )
+            if "error" in said:
+                raise self.failed(said["error"])
+            if "requests" in said:
+                told.requests += said["requests"]
+                told.tasks = tuple(sorted({*told.tasks, *said["tasks"]}))
+            told.done = said.get("done", told.done)
+            told.truncated = said.get("truncated", told.truncated)
+            self.over = self.over or bool(said.get("over"))
+            some = True
+        return some
+
+    def failed(self, cause: str) -> PdctlError:
+        """Give an error with the end of the log."""
+        lines = [line[:300] for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        step = f"see the whole log: {self.log}; then go on with --resume"
+        return PdctlError(cause, step, evidence=lines[-_ERROR_LINES:])

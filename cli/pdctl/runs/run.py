@@ -74,11 +74,19 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`running`, `done`, `partial`, `failed`, or `killed` when the process that ran it is gone."""
+        """`running`, `done`, `partial`, `failed`; `killed` or `detached` when the process that ran it is gone.
+
+        A detached run goes on in the cluster.
+        """
         told = str(self.about["state"])
         if told == "running" and not is_running(self.about["pid"], self.about["pid_created"]):
-            return "killed"
+            return "detached" if self.away else "killed"
         return told
+
+    @property
+    def away(self) -> bool:
+        """Whether it is made in a pod of the cluster, where it goes on by itself."""
+        return "pod" in self.about
 
     @property
     def simulated(self) -> bool:

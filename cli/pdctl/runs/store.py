@@ -86,4 +86,6 @@ class Store:
         """
         if run.state == "running":
             raise PdctlError(f"{run.name} goes on", "end it by Ctrl-C first")
+        if run.state == "detached":
+            raise PdctlError(f"{run.name} goes on in {run.about['pod']}", f"end it by pdctl runs stop {run.name} first")
         shutil.rmtree(run.folder)

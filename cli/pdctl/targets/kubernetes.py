@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Self, TypeVar
@@ -17,6 +17,7 @@ from pdctl.check import Check
 from pdctl.cluster import paths, record
 from pdctl.cluster.api import Cluster
 from pdctl.cluster.doctor import look
+from pdctl.cluster.execute import execute
 from pdctl.cluster.forward import Forward
 from pdctl.cluster.identity import check_cluster
 from pdctl.cluster.logs import read, stream
@@ -47,7 +48,7 @@ class KubernetesTarget:
         Raises:
             PdctlError: the cluster cannot be reached, is another one than at deployment, or has nothing there.
         """
-        self.name = namespace
+        self.name, self.context = namespace, context
         self.flags = f" --namespace {namespace}" + (f" --context {context}" if context else "")
         self._held = contextlib.ExitStack()
         self._portal = self._held.enter_context(anyio.from_thread.start_blocking_portal())
@@ -136,6 +137,24 @@ class KubernetesTarget:
         return ""
 
     @property
+    def engine_template(self) -> dict[str, Any]:
+        """A pod of engines as its Deployment makes it.
+
+        Raises:
+            PdctlError: no engines are deployed.
+        """
+        for thing in self._deployments:
+            if thing["metadata"]["labels"].get("llm-d.ai/role"):
+                told: dict[str, Any] = thing["spec"]["template"]
+                return told
+        raise PdctlError(f"{self.name} has no engines", f"see pdctl status{self.flags}")
+
+    @property
+    def weights(self) -> str:
+        """The model as the engines load it: its name on the hub, or a folder."""
+        return str((self.engine_template["spec"]["containers"][0].get("args") or [self.model])[0])
+
+    @property
     def router_url(self) -> str:
         """Where clients in the cluster find the router."""
         for thing in self._deployments:
@@ -202,7 +221,8 @@ class KubernetesTarget:
     # reaching pods
 
     async def _ready_router(self) -> str | None:
-        return await ready_pod(self.cluster, self.name, "router")
+        found = await ready_pod(self.cluster, self.name, "router")
+        return None if found is None else str(found["metadata"]["name"])
 
     @contextlib.contextmanager
     def reached(self, port: int = 0) -> Iterator[str]:
@@ -231,19 +251,64 @@ class KubernetesTarget:
         """The router's ports: of the API, of its metrics."""
         return int(self._settings["port"]), int(self._settings["prometheus_port"])
 
-    def _fetch(self, pod: Pod, port: int, path: str) -> str | None:
-        """Get a page of a pod, None when there is none."""
+    def ready_pod(self, role: str) -> Any | None:
+        """Give a ready pod of a role, None when there is none."""
+        return self._run(ready_pod(self.cluster, self.name, role))
+
+    def execute(self, pod: str, container: str, command: Sequence[str]) -> str:
+        """Run a short command in a container and give what it printed.
+
+        Raises:
+            PdctlError: the API refuses, or the connection broke.
+        """
+        return self._run(execute(self.cluster, self.name, pod, container, command))
+
+    def objects(self, plural: str) -> list[Any]:
+        """Give the namespace's objects of a kind."""
+        return self._run(self.cluster.list(paths.namespaced(plural, self.name)))
+
+    def object(self, plural: str, name: str) -> Any | None:
+        """Give an object of the namespace, None when it does not exist."""
+        return self._run(self.cluster.find(paths.namespaced(plural, self.name, name)))
+
+    def apply(self, plural: str, thing: dict[str, Any]) -> None:
+        """Put an object beside the deployment.
+
+        Raises:
+            PdctlError: the API refuses.
+        """
+        self._run(self.cluster.apply(paths.namespaced(plural, self.name, thing["metadata"]["name"]), thing))
+
+    def delete(self, plural: str, name: str) -> None:
+        """Remove an object; one that does not exist is no error."""
+        self._run(self.cluster.delete(paths.namespaced(plural, self.name, name)))
+
+    def _call(self, method: str, pod: Pod, port: int, path: str) -> httpx.Response | None:
+        """Ask a pod, None when it does not answer."""
 
         async def this() -> str | None:
             return pod.name
 
         forward = Forward(self.cluster, self.name, port, this)
         with self._portal.wrap_async_context_manager(forward.listening()) as local:
+            url = f"http://127.0.0.1:{local}{path}"
             try:
-                answer = httpx.get(f"http://127.0.0.1:{local}{path}", timeout=FETCH_SECONDS, trust_env=False)
+                return httpx.request(method, url, timeout=FETCH_SECONDS, trust_env=False)
             except httpx.HTTPError:
                 return None
-            return answer.text if answer.status_code == 200 else None
+
+    def _fetch(self, pod: Pod, port: int, path: str) -> str | None:
+        """Get a page of a pod, None when there is none."""
+        answer = self._call("GET", pod, port, path)
+        return answer.text if answer is not None and answer.status_code == 200 else None
+
+    def post(self, path: str) -> dict[str, int | None]:
+        """Send each engine an empty POST; give the statuses of their answers by member, None where there is none."""
+        pods = [pod for pod in self.snapshot().pods if pod.role in ("prefill", "decode")]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            answers = list(pool.map(lambda pod: self._call("POST", pod, self._engine_port(pod.role), path), pods))
+        told = zip(pods, answers, strict=True)
+        return {short(pod): None if answer is None else answer.status_code for pod, answer in told}
 
     def _fetch_all(self, asked: list[tuple[Pod, int, str]]) -> list[str | None]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -391,12 +456,11 @@ def _sums(workers: list[dict[str, Any]]) -> dict[str, Any]:
     return told
 
 
-async def ready_pod(cluster: Cluster, namespace: str, role: str) -> str | None:
-    """Give the name of a ready pod of a role, None when there is none."""
+async def ready_pod(cluster: Cluster, namespace: str, role: str) -> Any | None:
+    """Give a ready pod of a role, None when there is none."""
     labels = f"{PART},app.kubernetes.io/component={role}"
     for thing in await cluster.list(paths.namespaced("pods", namespace), labels):
         conditions = {one["type"]: one["status"] for one in (thing.get("status") or {}).get("conditions") or ()}
         if conditions.get("Ready") == "True" and not thing["metadata"].get("deletionTimestamp"):
-            name: str = thing["metadata"]["name"]
-            return name
+            return thing
     return None

@@ -340,6 +340,19 @@ class LocalTarget:
             chosen = [one for one in self._chosen(member) if one.role != "router" or path == "/metrics"]
             return [(one.name, one.role, told) for one, told in zip(chosen, pool.map(ask, chosen), strict=True)]
 
+    def post(self, path: str) -> dict[str, int | None]:
+        """Send each engine an empty POST; give the statuses of their answers by member, None where there is none."""
+        with httpx.Client(timeout=30.0) as client, ThreadPoolExecutor(16) as pool:
+
+            def ask(one: Member) -> int | None:
+                try:
+                    return client.post(one.url + path).status_code
+                except httpx.HTTPError:
+                    return None
+
+            engines = self._deployment.engines
+            return {one.name: told for one, told in zip(engines, pool.map(ask, engines), strict=True)}
+
     def urls(self) -> dict[str, str]:
         """Give the URL by which the router knows each engine, by member."""
         return {one.name: one.url for one in self._deployment.engines}

@@ -159,6 +159,9 @@ class Target(Protocol):
         Of the router only `/metrics` is asked.
         """
 
+    def post(self, path: str) -> dict[str, int | None]:
+        """Send each engine an empty POST; give the statuses of their answers by member, None where there is none."""
+
     def urls(self) -> dict[str, str]:
         """Give the URL by which the router knows each engine, by member."""
 
