@@ -1,6 +1,7 @@
 """Reports in a real Chromium: every chart drawn, no network, no errors, keyboard, contrast, phone, paper."""
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from pdctl.app import main
 from pdctl.report.write import gathered, write
 from pdctl.runs import Run
 from support import stored
@@ -126,3 +128,18 @@ def test_simulated_engines_are_said_first_in_both_forms(kind: str, tmp_path: Pat
         assert text.index("Engines are SIMULATED") < text.index(
             "Headline figures</h2>" if name[-1] == "l" else "## Head"
         )
+
+
+def test_a_replay_has_such_a_page_too(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "replay.html"
+    words = ("synthetic:agents", "--requests", "60", "--split", "2:2", "--speed", "1,2", "--seeds", "2")
+    monkeypatch.setattr(sys, "argv", ["pdctl", "replay", *words, "--report", str(path)])
+    with pytest.raises(SystemExit):
+        main()
+    page = opened(browser, path)
+    assert len(page.query_selector_all("[data-chart] svg")) == 7
+    assert "2:2 at 2x: pd_cost instead of llmd_pd_guide would have " in page.inner_text(".says")
+    assert page.inner_text(".banner").startswith("Engines are SIMULATED")
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    page.context.close()

@@ -41,10 +41,14 @@ def test_replay_compares_policies_on_a_trace(tmp_path: Path, pdctl: Pdctl):
     words = ("replay", str(trace), "--policy", "random,pd_cost", "--split", "2:2,1:1", "--speed", "1,3", "--seeds", "2")
     shown = pdctl(*words, "--output", str(output))[0]
     assert shown.startswith("SIMULATED")
-    assert "pd_cost instead of random would have changed mean TTFT -" in shown
+    assert "pd_cost instead of random would have cut mean TTFT by " in shown
     told = json.loads(output.read_text())
     assert told["simulated"] is True
     assert len(told["rows"]) == 8
+    pdctl(*words, "--report", str(tmp_path / "page.md"))
+    page = (tmp_path / "page.md").read_text()
+    assert "2:2 at 3x: pd_cost instead of random would have cut mean TTFT by " in page
+    assert page.index("SIMULATED") < page.index("would have cut")
     assert [len(one["runs"]) for one in told["runs"]] == [2] * 8
     again = json.loads(pdctl(*words, "--json")[0])
     assert again["rows"] == told["rows"]

@@ -1,5 +1,6 @@
 """`pdctl replay`: what other policies, splits, sizes and loads would have made of a trace."""
 
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ import typer
 
 from pdctl.commands.options import Json
 from pdctl.commands.virtual import (
+    COLUMNS,
     Gpu,
     Jobs,
     KvTokens,
@@ -27,17 +29,20 @@ from pdctl.commands.virtual import (
     known_policy,
     numbers,
     parts,
+    profile_of,
     simulated,
     splits,
     told_source,
 )
-from pdctl.console import out, print_json
+from pdctl.console import err, out, print_json
+from pdctl.errors import ExitCode, PdctlError
+from pdctl.report.replayed import COMPARED, gathered, sentences
+from pdctl.report.write import save
+from pdctl.runs.setting import command
 from pdrouter.policies import POLICIES
 from pdsim.virtual.figures import Slo, over_seeds, ratio
 from pdsim.virtual.fleet import Setup
 from pdsim.virtual.judge import Case, Source
-
-COMPARED = {"ttft_mean": "mean TTFT", "ttft_p99": "p99 TTFT", "itl_mean": "mean ITL", "goodput": "goodput"}
 
 
 def replay(
@@ -64,6 +69,9 @@ def replay(
     slo_ttft: SloTtft = 2.0,
     slo_itl: SloItl = 0.025,
     jobs: Jobs = 1,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page there; .md is Markdown, else HTML.", show_default=False)
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Where all figures of all seeds go, as JSON.")] = None,
     json: Json = False,
 ) -> None:
@@ -91,12 +99,23 @@ def replay(
     if output is not None:
         runs = [{"split": f"{p}:{d}", "speed": s, "policy": n, "runs": runs} for ((p, d), s, n), runs in found.items()]
         output.write_bytes(orjson.dumps(told | {"runs": runs}, option=orjson.OPT_INDENT_2))
+    if report is not None:
+        page = gathered(told, [*LABELS, *COLUMNS], _rows(told), _facts(gpu, kv_tokens, text, link_gbps), command())
+        try:
+            save(page, report)
+        except OSError as error:
+            raise PdctlError(
+                f"{report} cannot be written: {error.strerror}", "choose another --report", ExitCode.USAGE
+            ) from None
     if json:
         print_json(told)
         return
     _show(told, seeds)
+    if report is not None:
+        err.print(f"report: {report}", soft_wrap=True)
 
 
+LABELS = ("engines", "speed", "policy")
 Setting = tuple[tuple[int, int], float, str]
 
 
@@ -136,22 +155,24 @@ def _show(told: dict[str, Any], seeds: int) -> None:
         f"[bold]SIMULATED[/]: {told['trace']}, {seeds} seed{'s' * (seeds > 1)}; ± are 95 % intervals over seeds",
         soft_wrap=True,
     )
-    table = figures_table("engines", "speed", "policy")
-    for row in told["rows"]:
-        table.add_row(row["split"], f"{row['speed']:g}x", row["policy"], *cells(row["figures"]))
+    table = figures_table(*LABELS)
+    for row in _rows(told):
+        table.add_row(*row)
     out.print(table)
-    for row in told["rows"]:
-        if "ratios" in row:
-            out.print(_sentence(row, told["baseline"]), soft_wrap=True)
+    for text in sentences(told):
+        out.print(text, soft_wrap=True)
 
 
-def _sentence(row: dict[str, Any], baseline: str) -> str:
-    said = []
-    for key, name in COMPARED.items():
-        one = row["ratios"].get(key)
-        if one is not None:
-            change = (one["mean"] - 1) * 100
-            half = "" if one["half"] != one["half"] else f" (±{one['half'] * 100:.0f})"
-            said.append(f"{name} {change:+.0f} %{half}")
-    where = f"{row['split']} at {row['speed']:g}x"
-    return f"{where}: {row['policy']} instead of {baseline} would have changed {', '.join(said)}"
+def _rows(told: dict[str, Any]) -> list[list[str]]:
+    return [[row["split"], f"{row['speed']:g}x", row["policy"], *cells(row["figures"])] for row in told["rows"]]
+
+
+def _facts(gpu: str, kv_tokens: int, text: bool, link_gbps: float) -> list[tuple[str, str]]:
+    profile = profile_of(gpu)
+    link = f"ports of {link_gbps:g} Gbit/s" if link_gbps else "transfers as measured"
+    prompts = "prompts as text" if text else "prompts as token ids"
+    return [
+        ("engines", f"timing profile {profile.name}, {kv_tokens or profile.kv_cache_tokens} KV tokens, {link}"),
+        ("requests", prompts),
+        ("versions", ", ".join(f"{name} {version(name)}" for name in ("pd-router", "pd-simulator"))),
+    ]

@@ -120,12 +120,15 @@ def interval(one: Interval) -> dict[str, float]:
     return {"mean": one.mean, "half": one.half}
 
 
+COLUMNS = ("TTFT mean s", "p50 s", "p99 s", "ITL mean ms", "p99 ms", "good/s", "hit %", "moved TB")
+
+
 def figures_table(*labels: str) -> Table:
     """Give a table without rows: columns for labels, then those of `cells`."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in labels:
         table.add_column(name)
-    for name in ("TTFT mean s", "p50 s", "p99 s", "ITL mean ms", "p99 ms", "good/s", "hit %", "moved TB"):
+    for name in COLUMNS:
         table.add_column(name, justify="right")
     return table
 

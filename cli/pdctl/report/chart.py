@@ -86,6 +86,44 @@ def quantiles(milliseconds: Sequence[float]) -> list[list[float]]:
     return [[float(value), float(share)] for value, share in zip(values, np.minimum(shares, 100), strict=True)]
 
 
+def changes(
+    name: str, title: str, text: str, dots: Sequence[tuple[str, float, float | None, float | None]],
+    columns: list[str], rows: list[list[Cell]],
+) -> Chart:  # fmt: skip
+    """Make a chart of changes with their intervals, first to last from the top.
+
+    Args:
+        name: its id in the page.
+        title: what it shows.
+        text: how to read it.
+        dots: what changed, by which share, and the bounds of the interval where they are known.
+        columns: headers of the table.
+        rows: the table.
+    """
+    ordered = list(reversed(dots))
+    bounds: list[list[Any]] = []
+    for what, _, low, high in ordered:
+        if low is not None and high is not None:  # a gap ends each line
+            bounds += [[round(low * 100, 2), what], [round(high * 100, 2), what], [None, what]]
+    option = {
+        "tooltip": {"trigger": "item"},
+        "grid": GRID | {"right": 32, "top": 12},
+        "xAxis": {"type": "value", "name": "change, %", "nameLocation": "middle", "nameGap": 28},
+        "yAxis": {"type": "category", "data": [what for what, *_ in ordered]},
+        "series": [
+            {
+                "type": "line", "name": "95 % interval", "data": bounds, "connectNulls": False, "symbol": "none",
+                "lineStyle": {"width": 3, "type": "solid"}, "tooltip": {"show": False},
+            },
+            {
+                "type": "scatter", "name": "change", "symbolSize": 11,
+                "data": [[round(change * 100, 2), what] for what, change, *_ in ordered],
+            },
+        ],
+    }  # fmt: skip
+    return Chart(name, title, text, option, columns, rows, 80 + 30 * len(rows))
+
+
 def heat(name: str, title: str, text: str, cells: dict[tuple[str, str], int], unit: str) -> Chart:
     """Make a heat map of prefill (down) by decode (across)."""
     prefills = sorted({prefill for prefill, _ in cells}, key=_number, reverse=True)

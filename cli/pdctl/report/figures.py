@@ -10,6 +10,7 @@ from pdctl.bench.client import Record
 from pdctl.bench.repeats import HEADLINES, headlines
 from pdctl.compare.difference import Difference
 from pdctl.compare.told import Comparison
+from pdctl.report import chart
 from pdctl.report.chart import GRID, Axes, Cell, Chart, heat, quantiles
 from pdctl.runs.run import Run
 
@@ -92,36 +93,15 @@ def throughput(runs: Sequence[Run]) -> Chart:
 
 def changes(base: Run, other: Run, found: Sequence[Difference]) -> Chart:
     """Draw each metric's change from one run to another with its interval."""
-    ordered = list(reversed(found))
-    bounds: list[list[Any]] = []
-    for one in ordered:
-        name = HEADLINES[one.metric]
-        if one.low is not None and one.high is not None:  # a gap ends each line
-            bounds += [[round(one.low * 100, 2), name], [round(one.high * 100, 2), name], [None, name]]
-    option = {
-        "tooltip": {"trigger": "item"},
-        "grid": GRID | {"right": 32, "top": 12},
-        "xAxis": {"type": "value", "name": "change, %", "nameLocation": "middle", "nameGap": 28},
-        "yAxis": {"type": "category", "data": [HEADLINES[one.metric] for one in ordered]},
-        "series": [
-            {
-                "type": "line", "name": "95 % interval", "data": bounds, "connectNulls": False, "symbol": "none",
-                "lineStyle": {"width": 3, "type": "solid"}, "tooltip": {"show": False},
-            },
-            {
-                "type": "scatter", "name": "change", "symbolSize": 11,
-                "data": [[round(one.change * 100, 2), HEADLINES[one.metric]] for one in ordered],
-            },
-        ],
-    }  # fmt: skip
     rows: list[list[Cell]] = [
         [HEADLINES[one.metric], round(one.base, 2), round(one.other, 2), one.told(), one.verdict] for one in found
     ]
-    return Chart(
+    return chart.changes(
         f"changes-{other.name}", f"Change: {title_of(other)} instead of {title_of(base)}",
         "A dot is the change of the mean, the line its 95 % interval: one that touches 0 is within noise. "
         "More is better for throughput, less for times.",
-        option, ["metric", title_of(base), title_of(other), "change (95 %)", "verdict"], rows, 80 + 30 * len(rows),
+        [(HEADLINES[one.metric], one.change, one.low, one.high) for one in found],
+        ["metric", title_of(base), title_of(other), "change (95 %)", "verdict"], rows,
     )  # fmt: skip
 
 

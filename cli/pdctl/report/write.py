@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -37,6 +37,7 @@ class Report:
         warnings: what makes figures doubtful.
         charts: the charts.
         command: how to repeat it.
+        says: what came out, in sentences.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Report:
     warnings: list[str]
     charts: list[Chart]
     command: str
+    says: list[str] = field(default_factory=list)
 
 
 def gathered(run: Run) -> Report:
@@ -155,7 +157,11 @@ def _effects(told: Comparison | None) -> list[tuple[str, list[list[Cell]]]]:
 
 def write(run: Run, path: Path) -> None:
     """Write a run's report; `.md` is Markdown, anything else HTML."""
-    report = gathered(run)
+    save(gathered(run), path)
+
+
+def save(report: Report, path: Path) -> None:
+    """Write a report; `.md` is Markdown, anything else HTML."""
     path.write_text(markdown(report) if path.suffix == ".md" else html(report), encoding="utf-8")
 
 
@@ -183,6 +189,8 @@ def markdown(report: Report) -> str:
     lines = [f"# {report.title}", ""]
     if report.banner:
         lines += [f"> **{report.banner}**", ""]
+    if report.says:
+        lines += [*(f"- {text}" for text in report.says), ""]
     lines += ["## What was run", "", *_table(["", ""], [[name, value] for name, value in report.facts])]
     lines += ["", "## Headline figures", "", *_table(report.columns, report.rows)]
     for title, rows in report.effects:

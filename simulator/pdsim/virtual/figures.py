@@ -12,6 +12,8 @@ from pdsim.virtual.fleet import Floats, Run
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 _T_MANY = 1.96
 
+SHARES = (10, 25, 50, 75, 90, 95, 99, 99.9)  # of requests, percent, whose first token had come by `ttft_p…`
+
 
 @dataclass(frozen=True)
 class Slo:
@@ -65,9 +67,7 @@ def figures(run: Run, slo: Slo) -> dict[str, float]:
         "requests": float(requests),
         "seconds": run.seconds,
         "ttft_mean": float(ttft.mean()),
-        "ttft_p50": float(np.percentile(ttft, 50)),
-        "ttft_p90": float(np.percentile(ttft, 90)),
-        "ttft_p99": float(np.percentile(ttft, 99)),
+        **{f"ttft_p{share:g}": float(value) for share, value in zip(SHARES, np.percentile(ttft, SHARES), strict=True)},
         "tpot_mean": float(tpot[many].mean()) if many.any() else 0.0,
         "itl_mean": float((run.gaps * run.gap_counts).sum() / gaps) if gaps else 0.0,
         "itl_p50": _weighted(run.gaps, run.gap_counts, 0.5),
