@@ -19,7 +19,8 @@ token that it generates. The sum over both sides is what a choice costs: long pr
 short ones where little KV is read. That beats even loads: the mean over tokens is a harmonic one over engines, so
 engines that differ give quicker tokens; `evenness` above 1 keeps the slowest engine within bounds. What the engine does
 not hold of the prompt has to be moved, or computed here if that costs less than prefill, which is spread over the
-answer's tokens; so a conversation returns to its engine. Where the prompt and its answer exceed the room in the KV
+answer's tokens; so a conversation returns to its engine. When tokens are further apart than usual, `evenness` grows:
+that is when the slowest of them are made. Where the prompt and its answer exceed the room in the KV
 cache, vLLM lets the request wait or throws others out, so that engine is `no_room` seconds worse and more the less
 fits.
 
@@ -46,6 +47,7 @@ from pdrouter.policies.prefix_index import PrefixIndex
 from pdrouter.policies.ties import idlest
 
 _SMOOTH = 0.01
+_SMOOTH_USUAL = 0.001
 _SHORTEST = 16  # tokens of an answer from which times between tokens can be told
 _FAR = 16_384.0  # tokens of a long prompt
 _MUCH = 300_000.0  # tokens that a busy engine holds
@@ -72,11 +74,14 @@ class Costs:
         itl_per_request: seconds that one more request adds to the time between tokens (the same plane).
         dearest: the most that an uncached token counts against one that is queued already.
         evenness: how much this request's own time between tokens counts against that of each other one.
+        peak_evenness: what is added to `evenness` by the share by which tokens are further apart than usual.
         stall_weight: how much a second counts for which a request on the decode engine waits because of a prompt that
             is computed there, against a second of this request's.
         parting: how much more a token counts that only a decode engine computes.
         bypass_share: by how much prompts that decode engines compute may make answers longer.
         bypass_saved: seconds of waiting that may be saved up for.
+        bypass_tokens: tokens' time as which the shortest wait counts: no more than `bypass_share / bypass_tokens` of
+            all tokens, 0.5 %, come late for it, which leaves the p99 between tokens alone.
         no_room: seconds between tokens that an engine without room for the request is worse; any figure far over those
             that load can make will do.
         full: share of the KV cache in use from which an engine of unknown size has no room.
@@ -94,10 +99,12 @@ class Costs:
     itl_per_request: float = 1.50e-5
     dearest: float = 8.0
     evenness: float = 1.5
+    peak_evenness: float = 20.0
     stall_weight: float = 5.0
     parting: float = 2.0
     bypass_share: float = 0.03
     bypass_saved: float = 10.0
+    bypass_tokens: float = 6.0
     no_room: float = 1.0
     full: float = 0.95
     fresh: float = 5.0
@@ -106,7 +113,9 @@ class Costs:
 class Learned:
     """What both roles of a router have learned: costs, load, and what engines hold."""
 
-    __slots__ = ("busy", "costs", "full", "handoff", "indexes", "itl", "output", "prefill", "prefills", "saved")
+    __slots__ = (
+        "busy", "costs", "full", "handoff", "indexes", "itl", "output", "prefill", "prefills", "saved", "usual",
+    )  # fmt: skip
 
     def __init__(self, costs: Costs, block_tokens: int) -> None:
         self.costs = costs
@@ -121,11 +130,16 @@ class Learned:
         self.busy = self.full = 0.0
         self.prefills: Sequence[Candidate] = ()
         self.saved = costs.bypass_saved
+        self.usual = 0.0
 
     @property
     def dearness(self) -> float:
         """How much an uncached token counts against one that is queued already."""
         return min(self.costs.dearest, 1 + self.full / max(1 - self.busy, 0.01))
+
+    def apart(self, requests: float, held: float) -> float:
+        """Give the seconds between tokens on a decode engine with so many requests and tokens."""
+        return self.itl.base + self.costs.itl_per_request * requests + self.itl.slope * held
 
 
 class PdCost:
@@ -171,7 +185,7 @@ class PdCost:
             self.learned.prefills = candidates
             self._see_load(candidates)
         else:
-            self._save(candidates)
+            self._see_tokens(candidates)
         return chosen
 
     def _see_load(self, candidates: Sequence[Candidate]) -> None:
@@ -184,11 +198,14 @@ class PdCost:
         learned.busy += _SMOOTH * (busy / len(candidates) - learned.busy)
         learned.full += _SMOOTH * ((busy == len(candidates)) - learned.full)
 
-    def _save(self, candidates: Sequence[Candidate]) -> None:
-        """Allow for some more waiting, in proportion to the time that answers took since the last look."""
-        now, learned, requests = self._clock(), self.learned, 0
+    def _see_tokens(self, candidates: Sequence[Candidate]) -> None:
+        """Learn how far tokens usually are apart; allow for more waiting by the time answers took since last time."""
+        now, learned, requests, held = self._clock(), self.learned, 0, 0
         for candidate in candidates:
             requests += candidate.in_flight
+            held += candidate.held_tokens
+        apart = learned.apart(requests / len(candidates), held / len(candidates))
+        learned.usual += (_SMOOTH_USUAL if learned.usual else 1.0) * (apart - learned.usual)
         saved = learned.saved + self._share * (now - self._chose) * requests
         learned.saved = min(saved, learned.costs.bypass_saved)
         self._chose = now
@@ -214,13 +231,12 @@ class PdCost:
             output = float(limit)
         needed = tokens + (limit or int(output))
         moving, computing, handed = learned.handoff.slope, learned.prefill.slope, self._handed(request)
-        per_request, per_token, evenness = costs.itl_per_request, learned.itl.slope, costs.evenness
-        for_each = per_request + per_token * (tokens + output / 2)
-        itself = evenness * (learned.itl.base + for_each)
+        for_each = costs.itl_per_request + learned.itl.slope * (tokens + output / 2)
+        loads = [(candidate.in_flight, candidate.held_tokens) for candidate in candidates]
+        evenness = self._evenness(loads)
         scores = []
-        for candidate, own in zip(candidates, uncached, strict=True):
-            requests, held = candidate.in_flight, candidate.held_tokens
-            seconds = itself + evenness * (per_request * requests + per_token * held)
+        for candidate, (requests, held), own in zip(candidates, loads, uncached, strict=True):
+            seconds = evenness * (learned.apart(requests, held) + for_each)
             alone = own * computing * (1 + costs.parting + costs.stall_weight * requests)
             seconds += for_each * requests + (moving * own + (alone if alone < handed else handed)) / output
             over = self._over(candidate, held, needed)
@@ -228,6 +244,12 @@ class PdCost:
                 seconds += costs.no_room * (1 + over)
             scores.append(-seconds)
         return scores
+
+    def _evenness(self, loads: Sequence[tuple[int, int]]) -> float:
+        learned, many = self.learned, len(loads)
+        apart = learned.apart(sum(load[0] for load in loads) / many, sum(load[1] for load in loads) / many)
+        more = apart / learned.usual - 1 if learned.usual else 0.0
+        return learned.costs.evenness + (learned.costs.peak_evenness * more if more > 0 else 0.0)
 
     def _handed(self, request: Features) -> float:
         """Give what it costs to let a prefill engine compute the prompt, as far as such engines are known."""
@@ -262,8 +284,10 @@ class PdCost:
         handed += learned.handoff.base + learned.handoff.slope * here
         alone = (decode.queued_tokens + here * (1 + learned.costs.parting)) * seconds
         alone += learned.costs.stall_weight * waiting
-        if alone < handed and waiting <= learned.saved:
-            learned.saved -= waiting
+        late = decode.in_flight * learned.costs.bypass_tokens * learned.apart(decode.in_flight, decode.held_tokens)
+        spent = waiting if waiting > late else late
+        if alone < handed and spent <= learned.saved:
+            learned.saved -= spent
             return True
         return False
 

@@ -1,5 +1,6 @@
 """Choices by predicted time."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -146,6 +147,34 @@ def test_prompts_that_decode_computes_make_answers_longer_by_a_share_only():
         assert policy.bypass(request, prefill, decode) is enough
     idle = rows({})[0]
     assert policy.bypass(request, prefill, idle), "nobody waits there"
+
+
+def test_short_prompts_that_decode_computes_make_few_tokens_late():
+    clock = Clock()
+    policy = PdCost.of("decode", Commons(seed=0, clock=clock))
+    prefill, decode = rows({"queued_tokens": 10**8}, {"in_flight": 20})
+    costs, seconds = Costs(), 100.0
+    policy.learned.saved = 0.0
+    clock.now += seconds
+    policy.learned.costs = replace(costs, bypass_saved=1e9)
+    policy.choose(Ask(b"y"), (decode,))
+    late = 0
+    while policy.bypass(Ask(b"x" * 400), prefill, decode):
+        late += decode.in_flight
+    tokens = decode.in_flight * seconds / policy.learned.apart(20, 0)
+    assert late / tokens == pytest.approx(costs.bypass_share / costs.bypass_tokens, rel=0.01)
+
+
+def test_loads_are_evened_out_when_tokens_are_further_apart_than_usual():
+    _, decode = both()
+    quiet = rows({"in_flight": 1, "held_tokens": 1000}, {"in_flight": 1, "held_tokens": 1000})
+    for _ in range(10):
+        decode.choose(Ask(b"x" * 400), quiet)
+    few_long, many_short = rows({"in_flight": 6, "held_tokens": 160_000}, {"in_flight": 40, "held_tokens": 90_000})
+    long = Ask(b"x" * 4 * 10_000)
+    assert decode.choose(long, (few_long, many_short)) is many_short, "its own tokens count most at a peak"
+    decode.learned.usual = 1.0
+    assert decode.choose(long, (few_long, many_short)) is few_long, "few are delayed there"
 
 
 def test_decode_alone_is_for_what_prefill_would_not_soon_have_again():
