@@ -70,12 +70,12 @@ def test_a_client_that_goes_away_frees_its_sequence() -> None:
             lines = stream.iter_lines()
             next(lines)
             assert started.get("/sim/state")["running"] == 1
-        until(lambda: started.get("/sim/state")["running"] == 0, 2, "the sequence is aborted")
+        until(lambda: started.get("/sim/state")["running"] == 0, 10, "the sequence is aborted")
         state = started.get("/sim/state")["blocks"]
         assert state["free"] == state["total"]
         with pytest.raises(httpx.ReadTimeout):
             started.post(COMPLETIONS, body | {"stream": False}, timeout=0.5)
-        until(lambda: started.get("/sim/state")["running"] == 0, 2, "the sequence is aborted")
+        until(lambda: started.get("/sim/state")["running"] == 0, 10, "the sequence is aborted")
 
 
 def test_faults_do_what_they_are_called() -> None:

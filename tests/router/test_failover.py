@@ -832,7 +832,7 @@ def test_a_client_that_leaves_between_the_legs_gives_its_ticket_back_at_once() -
             pool.connect = connect  # type: ignore[method-assign]
             pool._idle.clear()
             await leave(bed, {}, lambda: held)
-            await until(lambda: given_back(bed), "it is given back", 1)
+            await until(lambda: given_back(bed), "it is given back")
             assert len(bed.decode.seen) == 1
             await quiet(bed)
             assert ended(bed) == {"collected": 1, "released": 1}

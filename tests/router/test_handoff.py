@@ -331,7 +331,7 @@ def test_a_client_that_leaves_aborts_the_leg_under_way(leg):
             assert [one.in_flight for one in bed.router.fleet] == ([1, 0] if leg == "long prefill" else [0, 1])
             writer.close()
             await writer.wait_closed()
-            await until(engine.seen[0].gone.is_set, "the engine sees its client go", 2)
+            await until(engine.seen[0].gone.is_set, "the engine sees its client go")
             assert [one.in_flight for one in bed.router.fleet] == [0, 0]
             if leg == "long prefill":
                 assert bed.decode.seen == []

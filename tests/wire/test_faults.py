@@ -111,7 +111,7 @@ def test_a_chat_prefill_leg_that_is_limited_by_max_completion_tokens_alone_break
     assert answer.json()["usage"]["completion_tokens"] == 1
     assert engines["near"].get("/sim/violations") == []
     engines["near"].post("/sim/fault", {"kind": "expire_leases"})
-    until(lambda: engines["near"].get("/sim/state")["tickets"] == 0, 2, "the ticket is gone")
+    until(lambda: engines["near"].get("/sim/state")["tickets"] == 0, 10, "the ticket is gone")
 
 
 def test_a_late_answer_comes_after_the_engine_has_finished_and_nothing_changes_when_its_client_leaves_before(

@@ -216,7 +216,7 @@ def test_a_decode_request_that_is_refused_releases_its_ticket(pair: Pair) -> Non
     text = fresh()
     answer = pair.collect(text, pair.ticket(text), min_tokens=50)
     assert answer.status_code == 400
-    until(lambda: pair.prefill.get("/sim/state")["tickets"] == 0, 2, "the ticket is released")
+    until(lambda: pair.prefill.get("/sim/state")["tickets"] == 0, 10, "the ticket is released")
     assert pair.rules() == set()
 
 
@@ -232,7 +232,7 @@ def held(pair: Pair) -> bool:
     later = pair.ticket(fresh(20))
     before = pair.prefill.get("/sim/state")["tickets"]
     assert refused(pair.decode, later, min_tokens=2).status_code == 400
-    until(lambda: pair.prefill.get("/sim/state")["tickets"] < before, 2, "the later ticket is released")
+    until(lambda: pair.prefill.get("/sim/state")["tickets"] < before, 10, "the later ticket is released")
     return bool(pair.prefill.get("/sim/state")["tickets"])
 
 
@@ -249,7 +249,7 @@ def test_a_refusal_of_a_request_that_could_be_read_releases_its_ticket(pair: Pai
     pair.collect(text, pair.ticket(text))
     ticket = pair.ticket(fresh())
     assert refused(pair.decode, ticket, **fields).status_code in (400, 404)
-    until(lambda: pair.prefill.get("/sim/state")["tickets"] == 0, 2, "the ticket is released")
+    until(lambda: pair.prefill.get("/sim/state")["tickets"] == 0, 10, "the ticket is released")
     assert pair.rules() == set()
 
 
@@ -277,10 +277,10 @@ def test_a_decode_engine_that_does_not_know_prefill_releases_with_its_next_step(
         assert refused(stranger, ticket, min_tokens=2).status_code == 400
         assert held(pair)
         assert stranger.post(COMPLETIONS, completion(fresh(5))).status_code == 200
-        until(lambda: pair.prefill.get("/sim/state")["tickets"] == 0, 2, "the ticket is released")
+        until(lambda: pair.prefill.get("/sim/state")["tickets"] == 0, 10, "the ticket is released")
         second = pair.ticket(fresh())
         assert refused(stranger, second, min_tokens=2).status_code == 400
-        until(lambda: pair.prefill.get("/sim/state")["tickets"] == 0, 2, "now one refusal is enough")
+        until(lambda: pair.prefill.get("/sim/state")["tickets"] == 0, 10, "now one refusal is enough")
 
 
 @pytest.mark.parametrize(
