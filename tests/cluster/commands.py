@@ -1,5 +1,6 @@
 """pdctl as a person calls it, against a cluster of the tests."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import yaml
 
 from .control_plane import BIN, ControlPlane
@@ -63,18 +65,30 @@ class Running:
         self.process.send_signal(signal.SIGINT)
 
     def end(self, seconds: float = 120) -> "Ended":
-        """Wait for its end; fail with what it said when it does not come."""
+        """Wait for its end; fail with what it said, what it waits for and where it is when the end does not come."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise AssertionError(f"it does not end within {seconds} s: {self.out}{self.err}") from None
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            waited_for = [one.cmdline() for one in children]
+            self.process.send_signal(signal.SIGABRT)  # faulthandler then tells where each thread is
+            self.process.wait()
+            for one in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            self._ended()
+            told = f"it does not end within {seconds} s: {self.out}{self.err}\nits processes: {waited_for}"
+            raise AssertionError(told) from None
+        self._ended()
+        return Ended(self.process.returncode, self.out, self.err)
+
+    def _ended(self) -> None:
+        self.process.wait()
         for reader in self._readers:
             reader.join()
         for stream in (self.process.stdout, self.process.stderr):
             assert stream is not None
             stream.close()
-        return Ended(self.process.returncode, self.out, self.err)
 
 
 class Ended:
@@ -109,7 +123,7 @@ class Pdctl:
         self.environment = os.environ | plane.environment
         self.environment |= {
             "XDG_STATE_HOME": str(folder / "state"), "XDG_CONFIG_HOME": str(folder / "config"),
-            "XDG_DATA_HOME": str(folder / "data"), "NO_COLOR": "1",
+            "XDG_DATA_HOME": str(folder / "data"), "NO_COLOR": "1", "PYTHONFAULTHANDLER": "1",
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody listens: no test asks the hub
         }  # fmt: skip
