@@ -5,9 +5,10 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import orjson
@@ -15,6 +16,7 @@ import platformdirs
 import psutil
 
 from pdctl.errors import ExitCode, PdctlError
+from pdctl.routers.choice import Router
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
@@ -31,6 +33,8 @@ class Member:
         pid: process id, once started.
         created: the process's start time as the system tells it; with the pid it is unmistakable.
         exit: exit status once it has ended; negative: the signal.
+        ready: what answers 200 once it serves; empty: `/health` of its URL, of pd-router `/ready`.
+        leaving: whether it has been told to end, and finishes what it has.
     """
 
     name: str
@@ -40,16 +44,50 @@ class Member:
     pid: int | None = None
     created: float | None = None
     exit: int | None = None
+    ready: str = ""
+    leaving: bool = False
+
+    @property
+    def ready_url(self) -> str:
+        """What answers 200 once it serves."""
+        return self.ready or self.url + ("/ready" if self.role == "router" else "/health")
 
     @property
     def alive(self) -> bool:
         """Whether the process still runs."""
         return is_running(self.pid, self.created)
 
+    @property
+    def ended(self) -> str:
+        """How it ended."""
+        if self.exit is None:
+            return "gone"
+        if self.exit < 0:
+            with suppress(ValueError):
+                return f"killed by {Signals(-self.exit).name}"
+        return f"exit status {self.exit}"
+
 
 @dataclass(slots=True)
 class Deployment:
-    """A local deployment."""
+    """A local deployment.
+
+    Args:
+        name: what it is called.
+        subnet: x of its addresses 127.1.x.y; 0: it has none.
+        model: served model name.
+        speed: how much faster than real time its engines run.
+        policy: the router's.
+        router_url: where clients find the router, whichever it is.
+        metrics_url: the router's metrics.
+        members: its processes.
+        supervisor_pid: process id of its supervisor.
+        supervisor_created: its supervisor's start time.
+        started: when (Unix time).
+        router: which router it is.
+        own_url: where the router answers by itself, when something else takes its clients' connections.
+        envoy_url: administration of the Envoy that takes clients' connections, where there is one.
+    """
 
     name: str
     subnet: int
@@ -62,6 +100,9 @@ class Deployment:
     supervisor_pid: int | None = None
     supervisor_created: float | None = None
     started: float = 0.0
+    router: Router = "ours"
+    own_url: str = ""
+    envoy_url: str = ""
 
     @property
     def engines(self) -> list[Member]:
@@ -91,11 +132,17 @@ class Deployment:
         """Where a member's log is."""
         return self.folder / "logs" / f"{member}.log"
 
-    def save(self) -> None:
+    def save(self, path: Path | None = None) -> None:
         """Write it down; readers see the old or the new state, never half of one."""
-        new = self.folder / "deployment.json.new"
+        path = path or self.folder / "deployment.json"
+        new = path.with_suffix(".json.new")
         new.write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
-        os.replace(new, self.folder / "deployment.json")
+        os.replace(new, path)
+
+    @property
+    def wanted(self) -> Path:
+        """Where it is written down as its supervisor shall make it."""
+        return self.folder / "wanted.json"
 
 
 def is_running(pid: int | None, created: float | None) -> bool:
@@ -143,7 +190,7 @@ def load(name: str) -> Deployment:
     """
     path = folder_of(name) / "deployment.json"
     try:
-        told: dict[str, Any] = orjson.loads(path.read_bytes())
+        told = orjson.loads(path.read_bytes())
     except FileNotFoundError:
         known = names()
         others = f"; deployed are: {', '.join(known)}" if known else ""
@@ -154,8 +201,12 @@ def load(name: str) -> Deployment:
         ) from None
     except ValueError as error:
         raise PdctlError(f"{path} cannot be read: {error}", f"remove {path.parent}, then deploy again") from error
-    told["members"] = [Member(**member) for member in told["members"]]
-    return Deployment(**told)
+    return read(told)
+
+
+def read(told: dict[str, Any]) -> Deployment:
+    """Read a deployment from what was written down of it."""
+    return Deployment(**told | {"members": [Member(**member) for member in told["members"]]})
 
 
 def remove(name: str) -> None:
@@ -164,11 +215,11 @@ def remove(name: str) -> None:
 
 
 @contextmanager
-def locked(name: str) -> Iterator[bool]:
-    """Hold the lock that a running supervisor holds; yields False when somebody else has it."""
+def locked(name: str, what: str = "lock") -> Iterator[bool]:
+    """Hold a lock of a deployment, by default the one of a running supervisor; yields False when another has it."""
     folder = folder_of(name)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with (folder / what).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Tools of others in virtual environments of their own, made when they are first needed."""
+"""Programs: those beside this Python, and tools of others in environments of their own, made when first needed."""
 
 import fcntl
 import shutil
@@ -13,6 +13,26 @@ import platformdirs
 from pdctl.errors import ExitCode, PdctlError
 
 _ERROR_LINES = 8
+
+
+_PACKAGES = {"pd-engine-sim": "pd-simulator", "pd-router": "pd-router"}
+
+
+def beside(name: str) -> str:
+    """Find a program of ours beside this Python or on PATH.
+
+    Raises:
+        PdctlError: it is not installed.
+    """
+    here = Path(sys.executable).parent / name
+    found = str(here) if here.exists() else shutil.which(name)
+    if found is None:
+        raise PdctlError(
+            f"the program {name} is not installed",
+            f"run: {sys.executable} -m pip install {_PACKAGES[name]}",
+            ExitCode.PREFLIGHT,
+        )
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,13 @@ import sys
 import time
 from types import FrameType
 
+import orjson
 import psutil
 
-from pdctl.deployment import Deployment, load, locked, remove
+from pdctl.deployment import Deployment, Member, load, locked, read, remove
 
 GRACE_SECONDS = 5.0
+NOT_RUN = 127  # exit status of what cannot be run, as shells have it
 PR_SET_PDEATHSIG = 1
 
 
@@ -27,17 +29,23 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _start(deployment: Deployment) -> dict[str, subprocess.Popen[bytes]]:
+def _start(deployment: Deployment, members: list[Member]) -> dict[str, subprocess.Popen[bytes]]:
+    """Start processes; one whose program cannot be run has ended at once, and its log says why."""
     started = {}
-    for member in deployment.members:
+    for member in members:
         with deployment.log(member.name).open("ab") as log:
-            child = subprocess.Popen(
-                member.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 the supervisor has one thread
-            )
+            try:
+                child = subprocess.Popen(
+                    member.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=die_with_parent,  # noqa: PLW1509 the supervisor has one thread
+                )
+            except OSError as error:
+                log.write(f"{error}\n".encode())
+                member.exit = NOT_RUN
+                continue
         started[member.name] = child
         member.pid = child.pid
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -45,13 +53,33 @@ def _start(deployment: Deployment) -> dict[str, subprocess.Popen[bytes]]:
     return started
 
 
+def _change(known: Deployment, children: dict[str, subprocess.Popen[bytes]], wanted: Deployment) -> Deployment:
+    """Start what is new in another deployment, tell what it does not have to end; give what there is then."""
+    stays = {member.name for member in wanted.members}
+    for member in known.members:
+        if member.name not in stays and not member.leaving:
+            member.leaving = True
+            if member.exit is None:
+                children[member.name].terminate()
+    there = {member.name for member in known.members}
+    new = [member for member in wanted.members if member.name not in there]
+    children |= _start(known, new)
+    wanted.supervisor_pid, wanted.supervisor_created = known.supervisor_pid, known.supervisor_created
+    wanted.members = [*known.members, *new]
+    return wanted
+
+
 def _reap(deployment: Deployment, children: dict[str, subprocess.Popen[bytes]]) -> bool:
-    """Note who has ended; True when anything changed."""
+    """Note who has ended, and forget who was told to; True when anything changed."""
     changed = False
     for member in deployment.members:
         if member.exit is None and (status := children[member.name].poll()) is not None:
             member.exit = status
             changed = True
+    for member in [one for one in deployment.members if one.leaving and one.exit is not None]:
+        deployment.members.remove(member)
+        children.pop(member.name, None)
+        changed = True
     return changed
 
 
@@ -91,12 +119,17 @@ def main(name: str, parent: int | None = None) -> int:
             signal.signal(number, stop)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
-            children = _start(deployment)
+            children = _start(deployment, deployment.members)
             deployment.save()
             while True:
                 time.sleep(0.2)
                 if _reap(deployment, children):
                     deployment.save()
+                if deployment.wanted.exists():
+                    deployment = _change(deployment, children, read(orjson.loads(deployment.wanted.read_bytes())))
+                    _reap(deployment, children)
+                    deployment.save()
+                    deployment.wanted.unlink()
                 if parent is not None and os.getppid() != parent:
                     raise _Stopped
         except _Stopped:

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pdctl.compare.contender import Contender, contenders
+from pdctl.compare.contender import contenders
 from pdctl.compare.difference import check_alike, difference, unlike
+from pdctl.compare.fairness import RANDOM_PROMPTS, sheet
 from pdctl.compare.live import turns
-from pdctl.compare.told import comparison
+from pdctl.compare.told import comparison, cost
 from pdctl.errors import PdctlError
+from pdctl.report.write import write
+from pdctl.routers.choice import Choice
 from pdctl.runs import Run
-from support import stored
+from support import llmd, stored
 from support.processes import until
 from support.shell import Shell
 
@@ -70,6 +73,42 @@ def test_router_and_policy_are_told_apart(tmp_path: Path) -> None:
     assert abs(ttft["router"].change) < 0.01
 
 
+def test_a_comparison_says_what_differed_and_what_random_prompts_cannot_show(tmp_path: Path) -> None:
+    run = stored.compare(tmp_path / "c")
+    found = sheet(run)
+    assert found is not None
+    assert found.titles == ["vllm-router, consistent_hash", "pd-router, consistent_hash", "pd-router, least_tokens"]
+    assert all(len(row) == 4 for row in found.rows)
+    assert {row[0]: row[1:] for row in found.rows}["version"] == ["1", "1", "1"]
+    assert found.notes == [RANDOM_PROMPTS]
+    for kind in ("md", "html"):
+        write(run, tmp_path / f"report.{kind}")
+        assert RANDOM_PROMPTS in (tmp_path / f"report.{kind}").read_text()
+    prefixes = replace(stored.SMALL, shared_prefix=20)
+    run.note(workload=prefixes.told())
+    again = sheet(Run(run.folder))
+    assert again is not None
+    assert again.notes == []
+
+
+def test_what_a_router_of_several_processes_costs_is_the_sum_of_them(tmp_path: Path) -> None:
+    run = stored.bench(tmp_path / "b", repeats=2)
+    for repeat in range(2):
+        told = run.results()[repeat]
+        parts = {
+            "envoy": {"cpu_seconds": 0.012, "resident_mb": 70.0},
+            "picker": {"cpu_seconds": 0.024, "resident_mb": 90.0},
+        }
+        told["pdctl"]["router"] |= {"parts": parts, "resident_mb": 160.0 + repeat}
+        told["pdctl"]["violations"] = {"prefill_streams": 1}
+        run.keep(repeat, told)
+    found = cost(run)
+    assert found is not None
+    assert found.cpu_ms == pytest.approx({"envoy": 1.0, "picker": 2.0})
+    assert found.cpu_text() == "3.000 (envoy 1.000, picker 2.000)"
+    assert (found.resident_mb, found.violations, found.requests) == (161.0, {"prefill_streams": 2}, 24)
+
+
 def test_each_repeat_has_every_contender_once_and_another_one_begins() -> None:
     three = contenders("ours,vllm-router,ours:random")
     order = turns(three, 3)
@@ -80,9 +119,9 @@ def test_each_repeat_has_every_contender_once_and_another_one_begins() -> None:
 
 def test_routers_and_policies_are_read_from_the_flag() -> None:
     assert contenders("ours, vllm-router:random,llm-d-policies") == [
-        Contender("ours", "consistent_hash"), Contender("vllm-router", "random"), Contender("ours", "llmd_pd_guide"),
+        Choice("ours", "consistent_hash"), Choice("vllm-router", "random"), Choice("ours", "llmd_pd_guide"),
     ]  # fmt: skip
-    for text in ("ours", "ours,nginx", "ours,vllm-router:pd_cost", "ours,ours:consistent_hash"):
+    for text in ("ours", "ours,nginx", "ours,llm-d:hope", "ours,vllm-router:pd_cost", "ours,ours:consistent_hash"):
         with pytest.raises(PdctlError):
             contenders(text)
 
@@ -120,6 +159,24 @@ def test_ours_and_the_real_vllm_router_are_measured_in_turn_and_nothing_is_left(
             assert sum(one["transfers"] for one in told["pdctl"]["transfers"]) >= 8
     told = json.loads(shell.run("compare", folder.name, "--json").stdout)
     assert told["effects"][0]["title"].startswith("router: vllm-router 0.1.17")
+    assert shell.processes() == []
+
+
+@llmd.needed
+def test_the_real_llm_d_stands_before_the_same_engines_and_breaks_no_rule(shell: Shell) -> None:
+    answer = shell.run("compare", "--routers", "llm-d,llm-d-pd-sample", *LIVE, "--repeats", "1", timeout=240)
+    assert answer.returncode == 0, answer.stderr
+    (folder,) = (shell.state.parent / "data" / "pdctl" / "runs").iterdir()
+    run = Run(folder)
+    for point in run.points:
+        (told,) = point.results()
+        assert (told["completed"], told["failed"], told["pdctl"]["violations"]) == (8, 0, {})
+        assert sum(one["transfers"] for one in told["pdctl"]["transfers"]) >= 8
+        assert told["pdctl"]["router"]["parts"].keys() == {"sidecars", "picker", "envoy"}
+    found = sheet(run)
+    assert found is not None
+    assert found.rows[1] == ["processes", *["1 envoy, 1 picker, 1 sidecar"] * 2]
+    assert "/" not in "".join(command for _, _, command in found.commands).replace("http://", "")
     assert shell.processes() == []
 
 

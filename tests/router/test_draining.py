@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from router.fakes import Bed, ask, read_answer, routed, run, until, wire
+from router.fakes import Bed, Out, Seen, ask, event, read_answer, routed, run, until, wire
 
 REQUEST = wire("POST", "/v1/completions", json.dumps({"model": "tiny", "prompt": "hi"}).encode())
 
@@ -83,6 +83,33 @@ def test_who_connected_and_sends_nothing_holds_a_router_up_for_a_second_only() -
             await until(lambda: bed.router.public._connections, "it is accepted")
             assert await bed.router.public.drain(20) == 0, "closed, not cut"
             assert await reader.read() == b""
+            writer.close()
+
+    run(main)
+
+
+def test_a_connection_whose_answer_was_under_way_holds_a_router_up_for_a_second_only() -> None:
+    over = asyncio.Event()
+
+    async def slow(seen: Seen, out: Out) -> None:
+        await out.events()
+        await out.chunk(event(seen, 0, "a"))
+        await over.wait()
+        await out.chunk(event(seen, 0, "b") + b"data: [DONE]\n\n")
+        await out.end()
+
+    async def main() -> None:
+        async with routed() as bed:
+            bed.decodes[0].behave = slow
+            reader, writer = await bed.connect()
+            writer.write(wire("POST", "/v1/completions", b'{"model": "tiny", "prompt": "hi", "stream": true}'))
+            await reader.readuntil(b'"a"')
+            draining = asyncio.ensure_future(bed.router.public.drain(6))
+            await asyncio.sleep(1.1)  # longer than those wait who have just connected
+            over.set()
+            rest = await reader.read()
+            assert rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"), "the answer is whole, then the router closes"
+            assert await draining == 0
             writer.close()
 
     run(main)

@@ -75,7 +75,8 @@ def compare(folder: Path) -> Run:
     """Make a finished comparison of three routers; the last one is a quarter faster."""
     run = Run(folder)
     names = ["vllm-router-consistent_hash", "ours-consistent_hash", "ours-least_tokens"]
-    run.begin(about(SMALL, kind="compare", points=names))
+    contenders = [dict(zip(("router", "policy"), name.rsplit("-", 1), strict=True)) for name in names]
+    run.begin(about(SMALL, kind="compare", points=names, contenders=contenders))
     for name, factor in zip(names, (1.0, 0.999, 0.75), strict=True):
         router, _, policy = name.rpartition("-")
         bench(folder / "points" / name, factor=factor, title=f"{router}, {policy}",

@@ -17,7 +17,7 @@ import psutil
 
 from pdctl.bench.caches import reset
 from pdctl.bench.result import Outcome, result
-from pdctl.bench.watch import Watch, stretch, transfers
+from pdctl.bench.watch import Watch, breaches, stretch, transfers
 from pdctl.bench.workload import Workload
 from pdctl.errors import PdctlError
 from pdctl.runs.run import Run
@@ -119,7 +119,7 @@ def measure(
     repeat: int,
     client: Client,
     on_progress: Progress,
-    more: Callable[[], dict[str, Any]] = dict,
+    meter: Callable[[], Callable[[], dict[str, Any]]] = lambda: dict,
 ) -> dict[str, Any]:
     """Send a workload once and write the result into the run's folder.
 
@@ -132,7 +132,7 @@ def measure(
         repeat: its number.
         client: by what.
         on_progress: told how many requests have ended and failed.
-        more: gives what else is written down with the result, once it is over.
+        meter: called when the load begins, after warm-up; gives what tells, once it is over, what else is written down.
 
     Raises:
         KeyboardInterrupt: interrupted; the partial result has been written.
@@ -147,7 +147,7 @@ def measure(
     if place.target is not None and client.reset_caches:
         reset(place.target)
     before = target.health() if target else []
-    moved = target.routing().transfers if target else {}
+    routed = target.routing() if target else None
     with ExitStack() as stack:
         stack.callback(senders.stop)
         for number in range(processes):
@@ -161,24 +161,28 @@ def measure(
             )  # fmt: skip
         try:
             _wait(senders, "ready")
+            read = meter()
             begin = time.perf_counter() + START_AHEAD_SECONDS
             for number in range(processes):
                 senders.say(number, b"%r" % begin)
             stack.enter_context(Watch(target, run.folder / "watch.jsonl", repeat, lambda: begin))
             _wait(senders, "strain", lambda: on_progress(*_sums(senders)))
+            more = read()
         except KeyboardInterrupt:
             senders.stop()
             run.keep(repeat, run.partial_result(repeat))
             raise
     strain = _strain([sender.strain for sender in senders.all if sender.strain])
     after = target.health() if target else []
+    now = target.routing() if target else None
     told = result(
         workload, Outcome(run.records(repeat), strain["seconds"]), model=place.model, simulated=place.simulated,
         slos=run.slos, gpus=place.gpus,
         extra={
             "partial": False, "repeat": repeat, "client": "pdctl", "processes": processes, "strain": strain,
             "stretch": stretch(before, after),
-            "transfers": transfers(moved, target.routing().transfers) if target else [], **more(),
+            "transfers": transfers(routed.transfers, now.transfers) if routed and now else [],
+            "violations": breaches(routed.violations, now.violations) if routed and now else {}, **more,
         },
     )  # fmt: skip
     run.keep(repeat, told)

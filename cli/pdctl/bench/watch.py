@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -92,3 +93,10 @@ def transfers(
                 {"prefill": prefill, "decode": decode, "transfers": count - earlier[0], "bytes": moved - earlier[1]}
             )
     return told
+
+
+def breaches(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, int]:
+    """Give how often each rule of the handoff protocol was broken between two looks."""
+    found = Counter(str(one["rule"]) for one in after)
+    found.subtract(Counter(str(one["rule"]) for one in before))
+    return {rule: count for rule, count in sorted(found.items()) if count > 0}

@@ -18,7 +18,8 @@ from pdctl.commands.bench import about
 from pdctl.commands.loads import client_of, slos_of, workload_of
 from pdctl.commands.options import Json
 from pdctl.commands.progress import counted
-from pdctl.compare.contender import Contender, contenders
+from pdctl.commands.router import LlmdEpp, LlmdSidecar
+from pdctl.compare.contender import contenders
 from pdctl.compare.difference import Difference, check_alike
 from pdctl.compare.live import compare as take_turns
 from pdctl.compare.live import fleet
@@ -28,6 +29,8 @@ from pdctl.errors import ExitCode, PdctlError
 from pdctl.evals import difference as scores
 from pdctl.interrupt import interruptible
 from pdctl.report.write import write
+from pdctl.routers.choice import Choice
+from pdctl.routers.programs import Programs
 from pdctl.runs import Run, Store
 from pdctl.runs.setting import Place
 
@@ -42,9 +45,12 @@ def compare(
     ] = None,
     routers: Annotated[
         str | None,
-        typer.Option(help="Measure routers in turn: ours, vllm-router, llm-d-policies, each perhaps with :POLICY.",
+        typer.Option(help="Measure routers in turn: ours, vllm-router, llm-d, llm-d-pd-sample, llm-d-pd-guide, "
+                     "llm-d-policies (ours with llm-d's policy); the first three perhaps with :POLICY.",
                      show_default=False),
     ] = None,
+    llm_d_epp: LlmdEpp = None,
+    llm_d_sidecar: LlmdSidecar = None,
     on: Annotated[str, typer.Option(help="Where the engines are; local: simulated ones on this machine.")] = "local",
     name: Annotated[
         str | None,
@@ -96,17 +102,20 @@ def compare(
         check_alike(runs)
         _show(comparison(runs), json)
         return
+    programs = Programs(llm_d_epp, llm_d_sidecar)
     if on != "local":
         raise PdctlError(f"routers cannot be compared on {on!r} yet", "use --on local", ExitCode.USAGE)
     if resume is not None:
         run = _resumed(resume)
         asked = run.about
-        fleet_of, chosen = asked["wished_fleet"], [Contender(**one) for one in asked["contenders"]]
+        fleet_of, chosen = asked["wished_fleet"], [Choice(**one) for one in asked["contenders"]]
         workload, repeats = run.workload, asked["repeats"]
         trace = Path(asked["trace"]) if asked["trace"] else None
     else:
         assert routers is not None
         chosen = contenders(routers)
+        if any(one.router == "llm-d" for one in chosen):
+            programs.found()  # before engines are started for nothing
         count, at_once = _numbers(names)
         workload = workload_of(
             Place("", "", served={"simulated": True}), count, at_once, input_len=input_len, output_len=output_len,
@@ -135,14 +144,14 @@ def compare(
             run.resume()
             processes = run.about["processes"]
 
-        def about_point(contender: Contender, place: Place) -> dict[str, Any]:
+        def about_point(contender: Choice, place: Place) -> dict[str, Any]:
             told = about("bench", place, workload, repeats)
             return told | {"slos": slos, "title": contender.title, "client": "pdctl", "caches_reset": True}
 
         with _Turns(run, workload, repeats) as progress:
             take_turns(
                 run, about_point, chosen, deployment.load(target.name), target, workload, repeats,
-                client_of(processes, trace), progress.begin, _say,
+                client_of(processes, trace), programs, progress.begin, _say,
             )  # fmt: skip
         run.end("done")
     _finish(run, report, json)
@@ -229,7 +238,7 @@ class _Turns(contextlib.ExitStack):
         super().__init__()
         self._run, self._workload, self._repeats = run, workload, repeats
 
-    def begin(self, contender: Contender, repeat: int) -> OnProgress:
+    def begin(self, contender: Choice, repeat: int) -> OnProgress:
         """End the progress before, begin another."""
         self.close()
         what = f"{contender.title} {repeat + 1}/{self._repeats}"
@@ -264,8 +273,24 @@ def _show(told: Comparison, json: bool) -> None:
     for effect in told.effects:
         if effect.base != base:  # those of the base were just shown
             _side_by_side(names[effect.base], names[effect.other], effect.title, effect.differences)
+    if any(told.costs):
+        _costs(told, names)
     if any(one.verdict == "one run each" for found in told.others for one in found):
         out.print("One run each cannot tell a difference from noise; measure with --repeats 3 or more.")
+
+
+def _costs(told: Comparison, names: dict[str, str]) -> None:
+    """Print what the routers themselves took, and what went wrong."""
+    out.print("\n[bold]the routers themselves[/] (measured, not simulated)")
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("")
+    for column in ("CPU ms a request", "resident MB", "failed", "breaches"):
+        table.add_column(column, justify="right")
+    for run, one in zip(told.runs, told.costs, strict=True):
+        if one is not None:
+            shown = (one.cpu_text(), f"{one.resident_mb:.0f}", str(one.failed), str(sum(one.violations.values())))
+            table.add_row(names[run.name], *shown)
+    out.print(table)
 
 
 def _side_by_side(base: str, other: str, effect: str | None, found: list[Difference]) -> None:

@@ -16,7 +16,10 @@ from pdctl.errors import ExitCode, PdctlError
 from pdctl.targets import Health, Target, find
 
 LOOK_SECONDS = 2.0
-COLOURS = {"ready": "green", "done": "green", "starting": "yellow", "preparing": "yellow", "waiting": "yellow"}
+WELL = ("ready", "done", "finishing")
+COLOURS = {"ready": "green", "done": "green"} | dict.fromkeys(
+    ("finishing", "starting", "preparing", "waiting"), "yellow"
+)
 
 
 def status(
@@ -45,7 +48,7 @@ def status(
             print_data(told, "json" if json else output.value)
         else:
             out.print(_screen(target, parts))
-        if any(part.state not in ("ready", "done") for part in parts):
+        if any(part.state not in WELL for part in parts):
             raise typer.Exit(ExitCode.FAILURE)
     finally:
         target.close()

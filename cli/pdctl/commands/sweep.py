@@ -18,12 +18,13 @@ from pdctl.commands.loads import client_of, slos_of, workload_of
 from pdctl.commands.options import Context, Json, Name, Namespace
 from pdctl.commands.progress import counted
 from pdctl.commands.runs import points_table
-from pdctl.compare.contender import Contender, standing
+from pdctl.compare.contender import standing
 from pdctl.compare.live import fleet, place_of
 from pdctl.console import err, out, print_json
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.interrupt import interruptible
 from pdctl.report.write import write
+from pdctl.routers.choice import Choice
 from pdctl.runs import Run, Store
 from pdctl.runs.setting import Place, placed
 from pdrouter.policies import POLICIES
@@ -199,7 +200,7 @@ class Ground:
                 yield place
 
     @contextmanager
-    def place(self, setting: Setting, log: Path) -> Iterator[Place]:
+    def place(self, setting: Setting, logs: Path) -> Iterator[Place]:
         """Bring a setting up."""
         if not self.own:
             with self.first() as place:
@@ -208,10 +209,10 @@ class Ground:
         assert setting.prefill is not None
         assert setting.decode is not None
         assert setting.policy is not None
-        contender = Contender("ours", setting.policy)
+        contender = Choice("ours", setting.policy)
         with (
             fleet(None, setting.prefill, setting.decode, self.speed, _say) as target,
-            standing(contender, deployment.load(target.name), log, _say) as router,
+            standing(contender, deployment.load(target.name), logs, _say) as router,
         ):
             yield place_of(contender, target, router.url, router.version)
 
@@ -220,7 +221,7 @@ def _measure(run: Run, plan: Plan, ground: Ground, workload: Workload, processes
     folder = run.folder / "points"
     finished = {one.name: Run(folder / one.name).finished for one in plan.points if Run(folder / one.name).exists}
     for repeat, setting, points in plan.left(finished):
-        with ground.place(setting, run.folder / f"{setting.name or 'router'}.log") as place:
+        with ground.place(setting, run.folder / "logs" / (setting.name or "router")) as place:
             for one in points:
                 point, sent = Run(folder / one.name), one.workload(workload)
                 if not point.exists:

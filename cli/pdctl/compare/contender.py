@@ -2,183 +2,142 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import httpx
 import psutil
 
-from pdctl.deployment import Deployment
-from pdctl.environments import Environment
+from pdctl.deployment import Deployment, Member
 from pdctl.errors import ExitCode, PdctlError
+from pdctl.routers import serving
+from pdctl.routers.choice import Choice, read
+from pdctl.routers.parts import Parts, parts
+from pdctl.routers.programs import ENVOY, Programs, Say
 from pdctl.supervisor import die_with_parent
-from pdctl.targets.local import free, program
-from pdrouter.policies import POLICIES
 
-VLLM_ROUTER = "0.1.17"
-VLLM_ROUTER_POLICIES = ("random", "round_robin", "cache_aware", "power_of_two", "consistent_hash")
-Say = Callable[[str], None]  # told what takes a while
-OWN_PROGRAM = "PDCTL_ROUTER"
 START_SECONDS = 60.0
-PORT, METRICS_PORT = 11001, 29100
-_ALIASES = {"ours": "ours:consistent_hash", "vllm-router": "vllm-router:consistent_hash",
-            "llm-d-policies": "ours:llmd_pd_guide"}  # fmt: skip
-_PROBE = {"prompt": "Is anybody there?", "max_tokens": 2, "temperature": 0}
+NO_PROGRAMS = Programs()
+_BUILD = re.compile(r'^\w*info\{.*commit="(\w*)"', re.M)
 
 
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """A router with a policy.
-
-    Args:
-        router: ours, or vllm-router as the package index has it.
-        policy: how it chooses engines.
-    """
-
-    router: Literal["ours", "vllm-router"]
-    policy: str
-
-    @property
-    def name(self) -> str:
-        """Its point's name."""
-        return f"{self.router}-{self.policy}"
-
-    @property
-    def package(self) -> str:
-        """Its distribution."""
-        return "pd-router" if self.router == "ours" else self.router
-
-    @property
-    def title(self) -> str:
-        """What reports call it."""
-        return f"{self.package}, {self.policy}"
-
-    def command(self, engines: Deployment, host: str, port: int, metrics_port: int, binary: str) -> list[str]:
-        """Give its command line before a deployment's engines."""
-        made = [binary, "--vllm-pd-disaggregation", "--host", host, "--port", str(port), "--policy", self.policy]
-        made += ["--prometheus-host", host, "--prometheus-port", str(metrics_port)]
-        made += [part for member in engines.engines for part in (f"--{member.role}", member.url)]
-        if self.router == "vllm-router":  # one rank an engine, and no line a request, as its own benchmarks run it
-            made += ["--intra-node-data-parallel-size", "1", "--log-level", "error"]
-        return made
-
-    def binary(self, say: Say) -> str:
-        """Find its program; vllm-router is installed when it is not there."""
-        if self.router == "ours":
-            return os.environ.get(OWN_PROGRAM) or program("pd-router")
-        environment = Environment(f"vllm-router-{VLLM_ROUTER}", (f"vllm-router=={VLLM_ROUTER}",))
-        return environment.program("vllm-router", say)
-
-
-def contenders(text: str) -> list[Contender]:
-    """Read `ours,vllm-router:cache_aware`.
+def contenders(text: str) -> list[Choice]:
+    """Read `ours,vllm-router:cache_aware,llm-d`.
 
     Raises:
-        PdctlError: a name or policy is not known.
+        PdctlError: a name or policy is not known, or there are not two.
     """
-    found = []
-    for part in text.split(","):
-        router, _, policy = _ALIASES.get(part.strip(), part.strip()).partition(":")
-        known = {"ours": tuple(POLICIES), "vllm-router": VLLM_ROUTER_POLICIES}.get(router)
-        if known is None:
-            raise PdctlError(
-                f"there is no router {part!r}",
-                "name ours, vllm-router or llm-d-policies, each perhaps with :POLICY",
-                ExitCode.USAGE,
-            )
-        if policy not in known:
-            raise PdctlError(
-                f"{router} has no policy {policy!r}", f"its policies are {', '.join(known)}", ExitCode.USAGE
-            )
-        found.append(Contender("ours" if router == "ours" else "vllm-router", policy))
-    if len(set(found)) < 2:
+    found = list(dict.fromkeys(read(part) for part in text.split(",")))
+    if len(found) < 2:
         raise PdctlError(
             "a comparison needs two routers that differ", "as in --routers ours,vllm-router", ExitCode.USAGE
         )
-    return list(dict.fromkeys(found))
+    return found
 
 
 @dataclass(slots=True)
 class Standing:
-    """A contender that serves."""
+    """A contender that serves.
+
+    Args:
+        url: where it answers.
+        running: its processes.
+        version: of its programs.
+    """
 
     url: str
-    process: psutil.Process
+    running: list[tuple[Member, subprocess.Popen[bytes]]]
     version: str
 
-    def cpu_seconds(self) -> float:
-        """Give the processor time of it and its children so far."""
-        total = 0.0
-        for one in [self.process, *self.process.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = one.cpu_times()
-                total += times.user + times.system
-        return total
+    @property
+    def members(self) -> list[Member]:
+        """Its processes as they were asked for."""
+        return [member for member, _ in self.running]
 
-    def resident_mb(self) -> float:
-        """Give the resident memory of it and its children."""
-        family = [self.process, *self.process.children(recursive=True)]
-        return sum(one.memory_info().rss for one in family) / 1e6
+    def cost(self) -> dict[str, tuple[float, float]]:
+        """Give processor seconds so far and resident MB of each kind of process, children included."""
+        found: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+        for member, started in self.running:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(started.pid)
+                for one in [process, *process.children(recursive=True)]:
+                    times, memory = one.cpu_times(), one.memory_info().rss / 1e6
+                    kind = _kind(member)
+                    seconds, resident = found[kind]
+                    found[kind] = (seconds + times.user + times.system, resident + memory)
+        return dict(found)
+
+
+def _kind(member: Member) -> str:
+    return "sidecars" if member.name.startswith("sidecar-") else member.name
 
 
 @contextmanager
-def standing(contender: Contender, engines: Deployment, log: Path, say: Say) -> Iterator[Standing]:
+def standing(
+    choice: Choice, engines: Deployment, logs: Path, say: Say, programs: Programs = NO_PROGRAMS
+) -> Iterator[Standing]:
     """Start a contender, wait until it serves through both roles, end it afterwards.
 
     Raises:
         PdctlError: it does not start or serve.
     """
-    host = "127.0.0.1"
-    port = next(port for port in range(PORT, PORT + 1000) if free(host, port))
-    metrics_port = next(port for port in range(METRICS_PORT, METRICS_PORT + 1000) if free(host, port))
-    binary = contender.binary(say)
-    command = contender.command(engines, host, port, metrics_port, binary)
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+    made = parts(choice, engines.engines, logs, programs, say)
+    running: list[tuple[Member, subprocess.Popen[bytes]]] = []
+    try:
+        for stage in made.stages:
+            running += [(member, _started(member, logs)) for member in stage]
+            serving.wait(
+                choice, made, stage, engines.model, len(engines.engines), START_SECONDS,
+                partial(_check, choice, running, logs),
+            )  # fmt: skip
+        yield Standing(made.url, running, version_of(choice, made))
+    finally:
+        for _, process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _started(member: Member, logs: Path) -> subprocess.Popen[bytes]:
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / f"{member.name}.log").open("ab") as file:
+        return subprocess.Popen(
+            member.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=die_with_parent,  # noqa: PLW1509 no thread of ours holds a lock here
         )  # fmt: skip
-    url = f"http://{host}:{port}"
-    try:
-        _wait(contender, process, url, engines.model, log)
-        yield Standing(url, psutil.Process(process.pid), version_of(contender, binary))
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
-def _wait(contender: Contender, process: subprocess.Popen[bytes], url: str, model: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    with httpx.Client(timeout=10) as client:
-        while time.monotonic() < deadline and process.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if client.post(url + "/v1/completions", json={"model": model} | _PROBE).status_code == 200:
-                    return
-            time.sleep(0.2)
-    lines = log.read_text(errors="replace").splitlines()[-8:]
-    raise PdctlError(
-        f"{contender.title} does not serve within {START_SECONDS:g} s", f"see the whole log: {log}", evidence=lines
-    )
+def _check(choice: Choice, running: list[tuple[Member, subprocess.Popen[bytes]]], logs: Path) -> None:
+    for member, process in running:
+        if process.poll() is not None:
+            log = logs / f"{member.name}.log"
+            raise PdctlError(
+                f"{choice.title} does not serve: {member.name} ended", f"see the whole log: {log}",
+                evidence=log.read_text(errors="replace").splitlines()[-8:],
+            )  # fmt: skip
 
 
-def version_of(contender: Contender, binary: str) -> str:
-    """Give the version of a contender's program, and whether ours is compiled."""
-    package, module = contender.package, "pdrouter" if contender.router == "ours" else "vllm_router"
+def version_of(choice: Choice, made: Parts) -> str:
+    """Give the versions of a contender's programs, and whether ours is compiled."""
+    if choice.router == "llm-d":
+        told = _BUILD.search(httpx.get(made.metrics_url, timeout=10).text)
+        return f"{told[1][:8] if told and told[1] else 'unknown'}, Envoy {ENVOY}"
+    package, module = choice.package, "pdrouter" if choice.router == "ours" else "vllm_router"
     code = (
         "import importlib.metadata as m, importlib.util as u, pathlib as p; "
         f"compiled = any(p.Path(u.find_spec({module!r}).origin).parent.rglob('*.so')); "
         f"print(m.version({package!r}), compiled)"
     )
-    python = Path(binary).parent / "python"
+    python = Path(made.members[0].command[0]).parent / "python"
     answer = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     version, _, compiled = answer.stdout.strip().partition(" ")
-    if contender.router == "ours":
+    if choice.router == "ours":
         return f"{version or 'unknown'} ({'compiled' if compiled == 'True' else 'not compiled'})"
     return version or "unknown"

@@ -4,16 +4,21 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pdctl import deployment
 from pdctl.bench.measure import Client, Progress, measure
 from pdctl.bench.workload import Workload
-from pdctl.compare.contender import Contender, Say, Standing, standing
+from pdctl.compare.contender import Standing, standing
+from pdctl.compare.fairness import processes
 from pdctl.deployment import Deployment
+from pdctl.ports import free
+from pdctl.routers.choice import Choice
+from pdctl.routers.programs import Programs, Say
 from pdctl.runs.run import Run
 from pdctl.runs.setting import Place
-from pdctl.targets.local import LocalTarget, Wish, free, plan
+from pdctl.targets.local import LocalTarget, Wish, plan
 
 
 @contextmanager
@@ -37,7 +42,7 @@ def fleet(name: str | None, prefill: int, decode: int, speed: float, say: Say) -
             deployment.remove(made)
 
 
-def turns(contenders: list[Contender], repeats: int) -> list[tuple[int, Contender]]:
+def turns(contenders: list[Choice], repeats: int) -> list[tuple[int, Choice]]:
     """Give the order: each repeat has every contender once, and another one begins each time."""
     order = []
     for repeat in range(repeats):
@@ -46,22 +51,23 @@ def turns(contenders: list[Contender], repeats: int) -> list[tuple[int, Contende
     return order
 
 
-def place_of(contender: Contender, target: LocalTarget, url: str, version: str) -> Place:
+def place_of(contender: Choice, target: LocalTarget, url: str, version: str) -> Place:
     """Describe the engines behind a contender."""
-    settings = target.settings | {"router": f"{contender.package} {version}", "policy": contender.policy}
+    settings = target.settings | {"router": f"{contender.package} {version}", "policy": contender.rule}
     return Place(url, target.model, target, settings)
 
 
 def compare(
     run: Run,
-    about: Callable[[Contender, Place], dict[str, Any]],
-    contenders: list[Contender],
+    about: Callable[[Choice, Place], dict[str, Any]],
+    contenders: list[Choice],
     engines: Deployment,
     target: LocalTarget,
     workload: Workload,
     repeats: int,
     client: Client,
-    on_progress: Callable[[Contender, int], Progress],
+    programs: Programs,
+    on_progress: Callable[[Choice, int], Progress],
     say: Say,
 ) -> None:
     """Measure every contender, repeat by repeat; what a killed run has measured already is not measured again.
@@ -75,6 +81,7 @@ def compare(
         workload: what is sent; each repeat has other prompts, the same for all contenders.
         repeats: how often each is measured.
         client: how the load is made.
+        programs: where llm-d's are.
         on_progress: gives what is told of a contender's progress in a repeat.
         say: told what takes a while.
 
@@ -86,14 +93,13 @@ def compare(
         point = Run(run.folder / "points" / contender.name)
         if point.exists and repeat in point.finished:
             continue
-        log = run.folder / f"{contender.name}.log"
-        with standing(contender, engines, log, say) as router:
+        with standing(contender, engines, run.folder / "logs" / contender.name, say, programs) as router:
             place = place_of(contender, target, router.url, router.version)
             if not point.exists:
-                point.begin(about(contender, place))
+                point.begin(about(contender, place) | {"processes": processes(router.members)})
             measure(
                 point, workload, place, repeat, replace(client, reset_caches=True), on_progress(contender, repeat),
-                _cost(router),
+                partial(_cost, router),
             )  # fmt: skip
         if len(point.finished) == repeats:
             point.end("done")
@@ -101,11 +107,14 @@ def compare(
 
 def _cost(router: Standing) -> Callable[[], dict[str, Any]]:
     """Give what tells the cost of a router from now on."""
-    before = router.cpu_seconds()
-    return lambda: {
-        "router": {
-            "cpu_seconds": router.cpu_seconds() - before,
-            "resident_mb": router.resident_mb(),
-            "version": router.version,
+    before = router.cost()
+
+    def told() -> dict[str, Any]:
+        parts = {
+            kind: {"cpu_seconds": seconds - before.get(kind, (0.0, 0.0))[0], "resident_mb": resident}
+            for kind, (seconds, resident) in router.cost().items()
         }
-    }
+        sums = {key: sum(one[key] for one in parts.values()) for key in ("cpu_seconds", "resident_mb")}
+        return {"router": sums | {"version": router.version, "parts": parts}}
+
+    return told

@@ -9,7 +9,7 @@ import numpy as np
 from pdctl.bench.client import Record
 from pdctl.bench.repeats import HEADLINES, headlines
 from pdctl.compare.difference import Difference
-from pdctl.compare.told import Comparison
+from pdctl.compare.told import Comparison, cost
 from pdctl.report import chart
 from pdctl.report.chart import GRID, Axes, Cell, Chart, heat, quantiles
 from pdctl.runs.run import Run
@@ -106,35 +106,34 @@ def changes(base: Run, other: Run, found: Sequence[Difference]) -> Chart:
 
 
 def router_cost(runs: Sequence[Run]) -> Chart | None:
-    """Draw what the router itself used of a processor."""
-    rows: list[list[Cell]] = []
-    for run in runs:
-        told = [one for one in run.whole_results() if "router" in one["pdctl"]]
-        if told:
-            seconds = sum(one["pdctl"]["router"]["cpu_seconds"] for one in told)
-            tokens = sum(one["total_output_tokens"] for one in told)
-            requests = sum(one["completed"] for one in told)
-            rows.append([
-                title_of(run), round(seconds / max(tokens, 1) * 1e6, 2), round(seconds / max(requests, 1) * 1e3, 3),
-                round(max(one["pdctl"]["router"]["resident_mb"] for one in told), 1),
-                told[0]["pdctl"]["router"]["version"],
-            ])  # fmt: skip
-    if not rows:
+    """Draw what the router itself used of a processor, by kind of process."""
+    costs = [(title_of(run), found) for run in runs if (found := cost(run)) is not None]
+    if not costs:
         return None
+    kinds = list(dict.fromkeys(kind for _, one in costs for kind in one.cpu_ms))
     option = {
+        "legend": {"top": 0},
         "tooltip": {"trigger": "item"},
         "grid": GRID,
-        "xAxis": {"type": "value", "name": "µs a token", "nameLocation": "middle", "nameGap": 28},
-        "yAxis": {"type": "category", "data": [row[0] for row in reversed(rows)]},
-        "series": [{
-            "type": "bar", "name": "CPU", "barMaxWidth": 28, "data": [row[1] for row in reversed(rows)],
-            "label": {"show": True, "position": "insideRight"},
-        }],
+        "xAxis": {"type": "value", "name": "CPU, ms a request", "nameLocation": "middle", "nameGap": 28},
+        "yAxis": {"type": "category", "data": [title for title, _ in reversed(costs)]},
+        "series": [
+            {
+                "type": "bar", "name": kind, "stack": "cpu", "barMaxWidth": 28,
+                "data": [round(one.cpu_ms[kind], 3) if kind in one.cpu_ms else None for _, one in reversed(costs)],
+            }
+            for kind in kinds
+        ],
     }  # fmt: skip
+    rows: list[list[Cell]] = [
+        [title, one.cpu_text(), round(one.cpu_us_a_token, 2), round(one.resident_mb, 1), one.version]
+        for title, one in costs
+    ]
     return Chart(
         "router-cost", "Processor time of the router itself",
-        "Measured, not simulated: of the router's processes, over everything they relayed, warm-up included.",
-        option, ["run", "µs a token", "ms a request", "resident MB", "version"], rows, 130 + 44 * len(rows),
+        "Measured, not simulated: of all the router's processes, over the measured requests. Of llm-d: Envoy, the "
+        "endpoint picker and every sidecar, what they do between requests included.",
+        option, ["run", "CPU ms a request", "µs a token", "resident MB", "version"], rows, 130 + 44 * len(rows),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -13,6 +14,7 @@ from jinja2 import Environment, select_autoescape
 
 from pdctl.bench.measure import worst
 from pdctl.bench.repeats import HEADLINES
+from pdctl.compare.fairness import Sheet, sheet
 from pdctl.compare.told import Comparison, comparison
 from pdctl.report import figures
 from pdctl.report.chart import Cell, Chart
@@ -38,6 +40,7 @@ class Report:
         charts: the charts.
         command: how to repeat it.
         says: what came out, in sentences.
+        sheet: of routers that took turns: what differed between them.
     """
 
     title: str
@@ -50,6 +53,7 @@ class Report:
     charts: list[Chart]
     command: str
     says: list[str] = field(default_factory=list)
+    sheet: Sheet | None = None
 
 
 def gathered(run: Run) -> Report:
@@ -77,6 +81,7 @@ def gathered(run: Run) -> Report:
         sorted({f"{figures.title_of(one)}: {text}" for one in runs for text in _doubts(one)}),
         charts,
         shlex.join(run.about["command"]),
+        sheet(run) if run.kind == "compare" else None,
     )
 
 
@@ -139,11 +144,19 @@ def _headlines(told: Comparison) -> tuple[list[str], list[list[Cell]]]:
             ]
         rows.append(row)
     for title, key in (("Requests that succeeded", "completed"), ("Requests that failed", "failed")):
-        row = [title]
-        for number, run in enumerate(told.runs):
-            row += [str(sum(one[key] for one in run.results())), *([""] * 2 if number else [])]
-        rows.append(row)
+        rows.append(_spread(title, [str(sum(one[key] for one in run.results())) for run in told.runs]))
+    if all(told.costs):
+        costs = [one for one in told.costs if one is not None]
+        rows.append(_spread("Router CPU (ms a request)", [f"{sum(one.cpu_ms.values()):.3f}" for one in costs]))
+        rows.append(_spread("Router memory (resident MB)", [f"{one.resident_mb:.0f}" for one in costs]))
+        broken = [", ".join(f"{count} {rule}" for rule, count in one.violations.items()) or "0" for one in costs]
+        rows.append(_spread("Breaches of the handoff protocol", broken))
     return columns, rows
+
+
+def _spread(title: str, cells: list[str]) -> list[Cell]:
+    """Put cells under the columns that have figures."""
+    return [title, cells[0], *(part for cell in cells[1:] for part in (cell, "", ""))]
 
 
 def _effects(told: Comparison | None) -> list[tuple[str, list[list[Cell]]]]:
@@ -195,6 +208,11 @@ def markdown(report: Report) -> str:
     lines += ["", "## Headline figures", "", *_table(report.columns, report.rows)]
     for title, rows in report.effects:
         lines += ["", f"### {title}", "", *_table(["metric", "change (95 %)", "verdict"], rows)]
+    if report.sheet:
+        told = report.sheet
+        lines += ["", "## Fairness sheet", "", "Alike for all:", "", *(f"- {text}" for text in told.common)]
+        lines += ["", *(f"> {text}" for text in told.notes), "", *_table(["", *told.titles], told.rows)]
+        lines += ["", *_table(["router", "process", "command line"], told.commands)]
     if report.warnings:
         lines += ["", "## Doubts", "", *(f"- {text}" for text in report.warnings)]
     for chart in report.charts:
@@ -202,7 +220,7 @@ def markdown(report: Report) -> str:
     return "\n".join([*lines, "", "## How to repeat it", "", "```sh", report.command, "```", ""])
 
 
-def _table(columns: list[str], rows: list[list[Cell]]) -> list[str]:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
     def cell(value: Cell) -> str:
         return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
 

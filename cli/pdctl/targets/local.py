@@ -4,14 +4,12 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,13 +19,18 @@ from rich.text import Text
 from pdctl import deployment
 from pdctl.check import Check, Mark
 from pdctl.deployment import Deployment, Member
+from pdctl.environments import beside
 from pdctl.errors import ExitCode, PdctlError
+from pdctl.ports import HOST, Ports, free
 from pdctl.routers.choice import Choice
+from pdctl.routers.parts import own_command
 from pdctl.routers.programs import Programs
+from pdctl.routers.switching import switch
 from pdctl.targets.pages import read_pairs
 from pdctl.targets.target import Health, LogQuery, Routing
 
 PREFILL_PORT, DECODE_PORT, SIDE_PORT, ROUTER_PORT, METRICS_PORT = 8000, 8200, 5600, 10001, 29000
+LOCALHOST_PORT = 20200  # of decode engines: what stands beside one in its pod finds it on localhost
 MOST_OF_A_ROLE = 100
 STOP_SECONDS = 12.0
 LOG_LINES = 12
@@ -45,43 +48,6 @@ class Wish:
     seed: int | None
     policy: str
     port: int | None
-
-
-def program(name: str) -> str:
-    """Find a program beside this Python or on PATH.
-
-    Raises:
-        PdctlError: it is not installed.
-    """
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        package = {"pd-engine-sim": "pd-simulator", "pd-router": "pd-router"}[name]
-        raise PdctlError(
-            f"the program {name} is not installed",
-            f"run: {sys.executable} -m pip install {package}",
-            ExitCode.PREFLIGHT,
-        )
-    return found
-
-
-def free(host: str, port: int) -> bool:
-    """Whether an address can be listened on."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
-def _free_port(wished: int, taken: set[int]) -> int:
-    for port in range(wished, wished + 1000):
-        if port not in taken and free("127.0.0.1", port):
-            taken.add(port)
-            return port
-    raise PdctlError(f"no free port from {wished} on", "stop what holds them", ExitCode.PREFLIGHT)
 
 
 def _subnet() -> int:
@@ -107,8 +73,8 @@ def plan(wish: Wish) -> Deployment:
         PdctlError: a port or name is taken, or a program missing.
     """
     folder = deployment.folder_of(wish.name)
-    with deployment.locked(wish.name) as ours:
-        taken = not ours
+    with deployment.locked(wish.name) as mine:
+        taken = not mine
     if taken:
         raise PdctlError(
             f"a deployment named {wish.name!r} already runs",
@@ -125,17 +91,15 @@ def plan(wish: Wish) -> Deployment:
             f"run pdctl cleanup --name {wish.name}",
             ExitCode.PREFLIGHT,
         )
-    engine, router = program("pd-engine-sim"), program("pd-router")
-    port = wish.port or ROUTER_PORT
-    if wish.port is not None and not free("127.0.0.1", wish.port):
+    engine = beside("pd-engine-sim")
+    if wish.port is not None and not free(HOST, wish.port):
         raise PdctlError(f"port {wish.port} is taken by another program", "choose another --port", ExitCode.PREFLIGHT)
-    ports: set[int] = set()
-    port = _free_port(port, ports)
-    metrics = _free_port(METRICS_PORT, ports)
+    ports = Ports()
+    port, metrics = ports.take(wish.port or ROUTER_PORT), ports.take(METRICS_PORT)
     own_addresses = free("127.1.1.1", 0)
     made = Deployment(
         wish.name, _subnet() if own_addresses else 0, wish.model, wish.speed, wish.policy,
-        f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics}/metrics",
+        f"http://{HOST}:{port}", f"http://{HOST}:{metrics}/metrics",
     )  # fmt: skip
     for role, count, first, engine_port in (
         ("prefill", wish.prefill, 1, PREFILL_PORT),
@@ -145,16 +109,15 @@ def plan(wish: Wish) -> Deployment:
             if own_addresses:
                 host, http, side = f"127.1.{made.subnet}.{first + number}", engine_port, SIDE_PORT
             else:  # systems that have only 127.0.0.1, such as macOS
-                host = "127.0.0.1"
-                http, side = _free_port(engine_port, ports), _free_port(SIDE_PORT, ports)
+                host, http, side = HOST, ports.take(engine_port), ports.take(SIDE_PORT)
             command = [engine, "--role", role, "--host", host, "--port", str(http), "--side-channel-port", str(side)]
             command += ["--model", wish.model, "--speed", f"{wish.speed:g}"]
+            if role == "decode":
+                command += ["--localhost-port", str(ports.take(LOCALHOST_PORT))]
             if wish.seed is not None:
                 command += ["--seed", str(wish.seed + len(made.members))]
             made.members.append(Member(f"{role}-{number}", role, f"http://{host}:{http}", command))
-    command = [router, "--vllm-pd-disaggregation", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics), "--policy", wish.policy]
-    command += [part for member in made.engines for part in (f"--{member.role}", member.url)]
+    command = own_command(wish.policy, made.engines, port, metrics)
     made.members.append(Member("router", "router", made.router_url, command))
     return made
 
@@ -179,7 +142,7 @@ class LocalTarget:
             "where": "local",
             "prefill": len(known.of_role("prefill")),
             "decode": len(known.of_role("decode")),
-            "router": "pd-router",
+            "router": self.router.package,
             "policy": known.policy,
             "speed": known.speed,
         }
@@ -196,11 +159,18 @@ class LocalTarget:
     @property
     def router(self) -> Choice:
         """Which router stands before the engines."""
-        return Choice("ours", self._deployment.policy)
+        return Choice(self._deployment.router, self._deployment.policy)
 
     def switch(self, router: Choice, programs: Programs, timeout: float, tell: Callable[[str], None]) -> None:
-        """Let another router stand before the same engines."""
-        raise PdctlError("routers cannot be switched on this machine yet", "deploy again", ExitCode.USAGE)
+        """Let another router stand before the same engines, at the same address.
+
+        Both have the port for a while (SO_REUSEPORT); the old one is told to end once the new one has answered.
+
+        Raises:
+            PdctlError: it cannot be, or does not serve in time; then the old one stays.
+        """
+        switch(self.name, router, programs, timeout, tell)
+        self._deployment = deployment.load(self.name)
 
     def start(self, timeout: float, on_ready: Callable[[Member, float], None], bound: bool = False) -> None:
         """Start a planned deployment and wait until every part answers; one that is bound ends with this process.
@@ -237,11 +207,10 @@ class LocalTarget:
                 self._deployment = deployment.load(self.name)
                 for member in self._deployment.members:
                     if member.exit is not None:
-                        raise self._failure(member.name, f"{member.name} ended while starting ({ended(member.exit)})")
+                        raise self._failure(member.name, f"{member.name} ended while starting ({member.ended})")
                 for member in list(waiting.values()):
-                    path = "/ready" if member.role == "router" else "/health"
                     with contextlib.suppress(httpx.HTTPError):
-                        if client.get(member.url + path).status_code == 200:
+                        if client.get(member.ready_url).status_code == 200:
                             del waiting[member.name]
                             on_ready(member, time.monotonic() - begin)
                 if waiting and time.monotonic() - begin > timeout:
@@ -272,14 +241,15 @@ class LocalTarget:
     def _health(self, client: httpx.Client, member: Member) -> Health:
         uptime = None if member.created is None else time.time() - member.created
         if not member.alive:
-            how = "gone" if member.exit is None else ended(member.exit)
-            return Health(member.name, member.role, member.url, member.pid, how, None)
+            return Health(member.name, member.role, member.url, member.pid, member.ended, None)
+        details: dict[str, Any] = {}
         try:
-            answer = client.get(member.url + ("/ready" if member.role == "router" else "/sim/state"))
-            details: dict[str, Any] = answer.json()
-            state = "ready" if answer.status_code == 200 else "not ready"
+            answer = client.get(member.ready_url if member.role == "router" else member.url + "/sim/state")
+            state = "finishing" if member.leaving else "ready" if answer.status_code == 200 else "not ready"
+            if member.role != "router" or not member.ready:  # engines and pd-router tell about themselves
+                details = answer.json()
         except (httpx.HTTPError, ValueError):
-            details, state = {}, "not answering"
+            state = "finishing" if member.leaving else "not answering"
         return Health(member.name, member.role, member.url, member.pid, state, uptime, details)
 
     def troubles(self) -> list[Text]:
@@ -322,8 +292,8 @@ class LocalTarget:
 
     @contextlib.contextmanager
     def reached(self, port: int = 0) -> Iterator[str]:
-        """Give the router's URL: it is on this machine already."""
-        yield self.router_url
+        """Give the router's own URL, which is on this machine already: nothing that is measured passes a door."""
+        yield self._deployment.own_url or self.router_url
 
     def pages(self, path: str, member: str | None) -> list[tuple[str, str, str | None]]:
         """Give (member, role, answer) for a path of each engine, or of one role or member; None: no answer."""
@@ -337,7 +307,9 @@ class LocalTarget:
                     return None
                 return answer.text if answer.status_code == 200 else None
 
-            chosen = [one for one in self._chosen(member) if one.role != "router" or path == "/metrics"]
+            asked = self._chosen(member)
+            routers = [one for one in asked if one.role == "router" and path == "/metrics"]
+            chosen = [one for one in asked if one.role != "router"] + routers[:1]  # one page for all its processes
             return [(one.name, one.role, told) for one, told in zip(chosen, pool.map(ask, chosen), strict=True)]
 
     def post(self, path: str) -> dict[str, int | None]:
@@ -435,11 +407,3 @@ class LocalTarget:
 
 def _side_port(member: Member) -> int:
     return int(member.command[member.command.index("--side-channel-port") + 1])
-
-
-def ended(status: int) -> str:
-    """Say how a process ended."""
-    if status < 0:
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-status).name}"
-    return f"exit status {status}"

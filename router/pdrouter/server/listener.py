@@ -161,6 +161,8 @@ class Listener:
         self.draining = True
         if self._server is not None:
             await self._stop_listening(seconds)
+        # An answer that had begun has promised its client to stay; the next request is answered if it comes soon.
+        self.idle.seconds = min(self.idle.seconds, _YOUNG)
         old = self._loop.time() - _YOUNG
         for connection, since in list(self._connections.items()):
             if since < old:

@@ -34,6 +34,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--role", choices=sorted(DEFAULT_PORTS), default="both", help="what the engine is for (both)")
     made.add_argument("--host", default="127.0.0.1", help="address of the HTTP port (127.0.0.1)")
     made.add_argument("--port", type=int, help="HTTP port (8000; decode: 8200)")
+    made.add_argument(
+        "--localhost-port", type=int, metavar="PORT",
+        help="answer on 127.0.0.1:PORT too, where a pod's other containers find an engine (none)",
+    )  # fmt: skip
     made.add_argument("--side-channel-host", help="address of the side channel, told in tickets (--host)")
     made.add_argument("--side-channel-port", type=int, default=5600, help="port of the side channel (5600)")
     made.add_argument("--model", default=DEFAULT_MODEL, help=f"served model name ({DEFAULT_MODEL})")
@@ -71,7 +75,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return made
 
 
-async def _serve(settings: EngineSettings, listening: socket.socket, log_level: str, drain_seconds: float) -> int:
+async def _serve(settings: EngineSettings, listening: list[socket.socket], log_level: str, drain_seconds: float) -> int:
     engine = Engine(settings, Tokenizer(), Violations())
     api = Api(engine)
     try:
@@ -89,8 +93,9 @@ async def _serve(settings: EngineSettings, listening: socket.socket, log_level: 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _stopper(server))
     engine.on_death = lambda: os._exit(1)
-    api.refuse = _refuser(server, config, loop, listening.getsockname()[:2])
-    host, port = listening.getsockname()[:2]
+    addresses = [one.getsockname()[:2] for one in listening]
+    api.refuse = _refuser(server, config, loop, addresses)
+    host, port = addresses[0]
     if log_level in ("info", "debug"):
         print(
             f"simulated {settings.role} engine on http://{host}:{port}, side channel "
@@ -100,7 +105,7 @@ async def _serve(settings: EngineSettings, listening: socket.socket, log_level: 
         )
     gc.collect()
     gc.freeze()  # what start-up made stays; collections then look at requests only
-    await server.serve([listening])
+    await server.serve(listening)
     await engine.stop()
     return 0
 
@@ -122,7 +127,7 @@ def _stopper(server: uvicorn.Server) -> Callable[[], None]:
 
 
 def _refuser(
-    server: uvicorn.Server, config: uvicorn.Config, loop: asyncio.AbstractEventLoop, address: tuple[str, int]
+    server: uvicorn.Server, config: uvicorn.Config, loop: asyncio.AbstractEventLoop, addresses: list[tuple[str, int]]
 ) -> Callable[[float], None]:
     """Make the function that refuses connections for some seconds: it stops listening and resets what is open."""
 
@@ -133,7 +138,8 @@ def _refuser(
             )
             return made
 
-        server.servers.append(await loop.create_server(protocol, sock=_listen(*address)))
+        for address in addresses:
+            server.servers.append(await loop.create_server(protocol, sock=_listen(*address)))
 
     def refuse(seconds: float) -> None:
         for one in server.servers:
@@ -178,9 +184,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=options.seed,
         keep_requests=options.keep_requests,
     )
-    try:
-        listening = _listen(options.host, port)
-    except OSError as error:
-        print(f"pd-engine-sim: cannot listen on {options.host}:{port}: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+    listening = []
+    local = [("127.0.0.1", options.localhost_port)] if options.localhost_port else []
+    for address in ((options.host, port), *local):
+        try:
+            listening.append(_listen(*address))
+        except OSError as error:
+            print(f"pd-engine-sim: cannot listen on {address[0]}:{address[1]}: {error.strerror}", file=sys.stderr)
+            sys.exit(1)
     sys.exit(uvloop.run(_serve(settings, listening, options.log_level, options.shutdown_timeout)))

@@ -1,0 +1,37 @@
+"""Ports of this machine that nobody has."""
+
+import socket
+
+from pdctl.errors import ExitCode, PdctlError
+
+HOST = "127.0.0.1"
+
+
+def free(host: str, port: int) -> bool:
+    """Whether an address can be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+class Ports:
+    """Gives out free ports, none of them twice."""
+
+    def __init__(self) -> None:
+        self._given: set[int] = set()
+
+    def take(self, wished: int, host: str = HOST) -> int:
+        """Give the first free port from one on.
+
+        Raises:
+            PdctlError: a thousand are taken.
+        """
+        for port in range(wished, wished + 1000):
+            if port not in self._given and free(host, port):
+                self._given.add(port)
+                return port
+        raise PdctlError(f"no free port from {wished} on", "stop what holds them", ExitCode.PREFLIGHT)
