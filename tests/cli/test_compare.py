@@ -149,12 +149,11 @@ def test_ours_and_the_real_vllm_router_are_measured_in_turn_and_nothing_is_left(
     (folder,) = (shell.state.parent / "data" / "pdctl" / "runs").iterdir()
     points = Run(folder).points
     assert [point.name for point in points] == ["ours-consistent_hash", "vllm-router-consistent_hash"]
-    # One repeat may take less than the 10 ms in which CPU time is told.
-    assert sum(told["pdctl"]["router"]["cpu_seconds"] for point in points for told in point.results()) > 0
     for point in points:
         assert point.finished == {0, 1}
         for told in point.results():
             assert (told["completed"], told["failed"]) == (8, 0)
+            assert told["pdctl"]["router"]["resident_mb"] > 10
             # every prompt was handed over by prefill: no decode engine served alone
             assert sum(one["transfers"] for one in told["pdctl"]["transfers"]) >= 8
     told = json.loads(shell.run("compare", folder.name, "--json").stdout)
