@@ -81,7 +81,7 @@ def gathered(run: Run) -> Report:
         sorted({f"{figures.title_of(one)}: {text}" for one in runs for text in _doubts(one)}),
         charts,
         shlex.join(run.about["command"]),
-        sheet(run) if run.kind == "compare" else None,
+        sheet=sheet(run) if run.kind == "compare" else None,
     )
 
 
