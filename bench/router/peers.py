@@ -16,7 +16,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / ".build" / "bench"
 VLLM_ROUTER = "0.1.17"
-ROUTER_CORE, LOAD_CORE = "0", "1"
+# Where there are cores enough the load gets two of its own; neighbours, often two threads of one core, stay unused.
+ROUTER_CORE, LOAD_CORE = "0", "4,6" if (os.cpu_count() or 1) >= 8 else "1"
 PREFILL, DECODE = 9100, 9200
 ENGINES = 2  # of each role: enough to spread, few enough to be cheap
 

@@ -130,7 +130,7 @@ def _idle(rounds: int, page: Path) -> list[Figure]:
 
 def _workers(rounds: int) -> list[Figure]:
     """Two workers against one; they need a core each that nothing else uses."""
-    free = (peers.machine().cores or 1) >= 4
+    free = (peers.machine().cores or 1) >= 8
     label = "" if free else ", no free second core here"
     rate = Figure(f"requests a second, 2 workers against 1{label}", "1/s", "at least 1.7 times", more=True)
     cores = "0,2" if free else "0,1"

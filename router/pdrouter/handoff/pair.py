@@ -319,6 +319,7 @@ class Pair(Handoff):
         if self._hedge is not None:
             self._turn_to(engine)
         self._call = None
+        self._leg = None  # it refers back to this: no work for the garbage collector, which would hold up all requests
         self._way.ended(status)
         desk = self._desk
         if status != 200:
@@ -365,6 +366,7 @@ class Pair(Handoff):
         if self._hedge is not None:
             self._turn_to(engine)
         self._call = None
+        self._leg = None  # it refers back to this: no work for the garbage collector, which would hold up all requests
         self._way.failed(error.reason)
         message = f"The prefill leg failed: {error}."
         self._desk.broken(engine, error)

@@ -92,7 +92,7 @@ class ClientConnection:
         self._out: list[bytes] = []
         self._closing = False
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._receiving: ClientRequest | None = None
         self._current: ClientRequest | None = None
         self._waiting: deque[ClientRequest] | None = None
@@ -272,9 +272,9 @@ class ClientConnection:
         request = self._receiving
         size, self._head_size = self._head_size, 0
         self._unparsed = 0
-        if request is None or self._refusal is not None:
-            return
         parser = self._parser
+        if request is None or self._refusal is not None or parser is None:
+            return
         request.method = parser.get_method()
         version = parser.get_http_version()
         request.old = version == "1.0"
@@ -439,8 +439,11 @@ class ClientConnection:
     def _parse(self, data: bytes | memoryview) -> bytes:
         """Parse; give what has to be parsed anew."""
         self._completed = False
+        parser = self._parser
+        if parser is None:
+            return b""
         try:
-            self._parser.feed_data(data)
+            parser.feed_data(data)
         except httptools.HttpParserUpgrade as error:
             if self._upgrading:
                 return self._decline_upgrade(data[error.args[0] :])
@@ -548,6 +551,7 @@ class ClientConnection:
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone (asyncio)."""
         self._transport = None
+        self._parser = None  # it refers back to this: no work for the garbage collector
         self._wait(None)
         if self._slow:
             self.owner.write.stop(self)
