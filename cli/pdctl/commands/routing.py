@@ -99,6 +99,8 @@ def _show(target: Target, told: Routing) -> None:
             shown = "one engine alone" if prefill == "none" else prefill
             table.add_row(shown, *(str(count or "·") for count in row), str(sum(row)))
         out.print(table)
+    elif target.router.router != "ours":
+        out.print(f"{target.router.title} does not tell whom it chose; what engines tell:")
     count = sum(transfers for transfers, _ in told.transfers.values())
     moved = sum(total for _, total in told.transfers.values())
     by = "decode engines" if any(prefill == "any" for prefill, _ in told.transfers) else "pairs"
