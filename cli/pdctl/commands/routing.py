@@ -104,9 +104,8 @@ def _show(target: Target, told: Routing) -> None:
     count = sum(transfers for transfers, _ in told.transfers.values())
     moved = sum(total for _, total in told.transfers.values())
     by = "decode engines" if any(prefill == "any" for prefill, _ in told.transfers) else "pairs"
-    out.print(
-        f"{prompts} prompts, {count} KV transfers over {len(told.transfers)} {by}, {bytes_text(moved)} of KV moved"
-    )
+    asked = f"{prompts} prompts, " if told.pairs or target.router.router == "ours" else ""
+    out.print(f"{asked}{count} KV transfers over {len(told.transfers)} {by}, {bytes_text(moved)} of KV moved")
     if prompts and not count:
         err.print("[red]no KV moves[/]: decode engines compute all prompts themselves; see pdctl doctor")
     for engine in told.silent:
