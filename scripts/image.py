@@ -34,6 +34,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
 PYTHON = "python3.11"
+Fill = Callable[[pathlib.Path], None]  # puts a layer's files into a folder
 TRUSTED = "/etc/ssl/certs/ca-certificates.crt"
 IMAGES = ("router", "simulator")
 
@@ -219,14 +220,19 @@ def _base_layer() -> bytes:
     return _filled(base)
 
 
-def _filled(fill: Callable[[pathlib.Path], None]) -> bytes:
+def _filled(fill: Fill) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         fill(pathlib.Path(folder))
         return layer(pathlib.Path(folder))
 
 
-def build(target: pathlib.Path, of: str = "router") -> None:
+def build(target: pathlib.Path, of: str = "router", further: dict[str, Fill] | None = None) -> None:
     """Assemble an image into an archive.
+
+    Args:
+        target: the archive.
+        of: what it holds.
+        further: what fills further layers, by what is said of them.
 
     Raises:
         ImageError: it cannot be done here.
@@ -234,6 +240,7 @@ def build(target: pathlib.Path, of: str = "router") -> None:
     with alone():
         fill = functools.partial(application, of)
         layers = {"Debian packages": _base_layer(), f"scripts/{of}_layer.sh": _filled(fill)}
+    layers |= {what: _filled(fill) for what, fill in (further or {}).items()}
     pack(target, tag(of), last_stage(of), layers)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pdctl.evals import traps
+from pdctl.errors import PdctlError
+from pdctl.evals import in_cluster, traps
 from pdctl.evals.difference import changes
 from pdctl.evals.parity import parity
 from pdctl.evals.scores import Score, read
@@ -215,6 +216,34 @@ def test_parity_lists_every_difference() -> None:
     assert any("token 2 of 2" in text for text in found.examples)
     assert parity(one, one).exact
     assert not parity([], []).exact
+
+
+def test_the_job_has_the_engines_security_and_their_token_by_its_secret_only(tmp_path: Path) -> None:
+    token = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "HF_TOKEN"}}}
+    secure = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    engine = {
+        "name": "vllm", "image": "vllm:1", "securityContext": secure, "resources": {"limits": {"nvidia.com/gpu": 1}},
+        "env": [{"name": "SECRET", "value": "of the engine"}, token],
+    }  # fmt: skip
+    template = {
+        "spec": {"containers": [engine], "securityContext": {"runAsNonRoot": True}, "tolerations": [{"key": "g"}]}
+    }
+    make_tasks(tmp_path / "tasks")
+    texts = in_cluster.shipped({"tasks": ["words"]}, tmp_path / "tasks")
+    config_map, job = in_cluster.objects("20260101-120000-My_Eval.2", "vllm:1", template, texts)
+    assert config_map["metadata"]["name"] == job["metadata"]["name"] == "pdctl-20260101-120000-my-eval-2"
+    pod = job["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert [one for one in container["env"] if "value" not in one] == [token]
+    assert "of the engine" not in json.dumps(job)
+    assert "nvidia.com/gpu" not in json.dumps(job), "it needs no GPU"
+    assert container["securityContext"] == secure
+    assert (pod["securityContext"], pod["tolerations"]) == ({"runAsNonRoot": True}, [{"key": "g"}])
+    paths = {one["path"]: config_map["data"][one["key"]] for one in pod["volumes"][0]["configMap"]["items"]}
+    assert paths["tasks/group.yaml"] == (tmp_path / "tasks/group.yaml").read_text()
+    (tmp_path / "tasks/large.json").write_text(" " * 2**20)
+    with pytest.raises(PdctlError, match="too large for a ConfigMap"):
+        in_cluster.shipped({}, tmp_path / "tasks")
 
 
 def test_two_evaluations_are_compared_document_by_document(tmp_path: Path) -> None:

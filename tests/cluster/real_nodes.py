@@ -88,8 +88,8 @@ def images(folder: pathlib.Path) -> dict[str, str]:
     """
     script = _image_script()
     try:
-        for of in IMAGES:
-            script.build(folder / f"{of}.tar", of)
+        script.build(folder / "router.tar", "router")
+        script.build(folder / "simulator.tar", "simulator", {"tests/cluster/bench_serve.py": _bench_serve})
     except script.ImageError as error:
         raise ClusterError(f"images: {error}") from error
     with contextlib.ExitStack() as held:
@@ -100,6 +100,20 @@ def images(folder: pathlib.Path) -> dict[str, str]:
         layers = {"scripts/pause.go": script.layer(root)}
         script.pack(folder / "pause.tar", "localhost/pause:1", {"Entrypoint": ["/pause"]}, layers)
     return {of: script.tag(of) for of in IMAGES}
+
+
+def _bench_serve(root: pathlib.Path) -> None:
+    """Put what stands in for `vllm bench serve` beside the simulated engine, for these tests only."""
+    packages = root / "opt/pd-simulator"
+    shutil.copytree(ROOT / "cli/pdctl", packages / "pdctl", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(pathlib.Path(__file__).with_name("bench_serve.py"), packages)
+    program = packages / "bin/vllm"
+    program.parent.mkdir()
+    program.write_text(
+        "#!/usr/bin/python3\nimport sys\n\nif sys.argv[1] == 'bench':\n    from bench_serve import main\n"
+        "else:\n    from pdsim.engine.vllm import main\nmain()\n"
+    )
+    program.chmod(0o755)
 
 
 class Node:
