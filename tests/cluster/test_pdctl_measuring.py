@@ -102,7 +102,7 @@ def test_an_evaluation_is_a_job_that_goes_on_when_its_command_is_killed(pdctl: P
              "--include-path", str(tmp_path / "tasks"), "--label", "job")  # fmt: skip
     killed = pdctl.start(*asked)
     killed.until(" requests, 4 at once", 280)
-    assert sorted(one.partition("/")[0] for one in beside(pdctl)) == ["configmaps", "jobs"]
+    assert sorted(one.partition("/")[0] for one in beside(pdctl)) == ["configmaps", "jobs", "pods"]
     assert pdctl.told("status")["parts"], "the Job is no part of the deployment"
     killed.process.send_signal(signal.SIGKILL)
     killed.end()
