@@ -1,22 +1,27 @@
 """Work that goes on in a pod whatever becomes of the connection; here the pod is this machine."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from pdctl.bench import vllm
 from pdctl.bench.in_pod import done_of
 from pdctl.bench.workload import Workload
 from pdctl.cluster import detached
 from pdctl.cluster.api import ApiError, Unreachable
 from pdctl.cluster.detached import Detached, Look, command
 from pdctl.errors import PdctlError
+from pdctl.runs import Run
+from support import stored
 from support.processes import until
 
 PYTHON = [sys.executable, "-c"]
@@ -138,3 +143,29 @@ def test_a_container_that_is_restarted_goes_on_where_it_was(work: Detached, tmp_
 )
 def test_progress_is_read_from_the_bar_in_the_log(ended: int, tail: bytes, done: int) -> None:
     assert done_of(Workload(num_prompts=200, input_len=1, output_len=1), ended, tail) == done
+
+
+def test_the_result_of_vllm_bench_serve_is_checked_and_its_failures_and_goodput_are_told(tmp_path: Path) -> None:
+    workload = replace(stored.SMALL, num_prompts=3)
+    run = Run(tmp_path / "run")
+    run.begin(stored.about(workload, slos={"ttft": 300.0, "itl": 30.0}))
+    told = {
+        "completed": 2, "failed": 1, "duration": 2.0, "request_goodput": None, "start_times": [5.0, 5.1, 5.2],
+        "ttfts": [0.1, 0.2, 0.0], "itls": [[0.01, 0.02], [0.01, 0.9], []], "latencies": [0.13, 1.1, 0.0],
+        "input_lens": [50, 50, 50], "output_lens": [3, 3, 0], "generated_texts": ["", "", ""],
+        "queue_times": [0.0, 0.0, 0.0], "errors": ["", "", "Traceback\naiohttp: refused"],
+    }  # fmt: skip
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(told))
+    vllm.keep(run, 0, path)
+    kept = vllm.keep(run, 0, path)  # whoever was killed in between fetches it again
+    assert kept["pdctl"]["errors"] == {"aiohttp: refused": 1}
+    assert kept["request_goodput"] == 0.5, "the second one has a gap of 900 ms, the third one failed"
+    assert kept["pdctl"]["slo_attainment"] == pytest.approx(1 / 3)
+    assert [record.number for record in run.records()] == [0, 1, 2]
+    path.write_text(json.dumps(told | {"completed": 1}))
+    with pytest.raises(PdctlError, match="counts 2 of 3 requests"):
+        vllm.keep(run, 0, path)
+    path.write_text('{"completed": 2')
+    with pytest.raises(PdctlError, match="cannot be read"):
+        vllm.keep(run, 0, path)

@@ -31,7 +31,6 @@ def parser() -> argparse.ArgumentParser:
     for name in texts:
         made.add_argument(name)
     made.add_argument("--request-rate", type=float)
-    made.add_argument("--goodput", nargs="+")
     for name in ("--ignore-eos", "--save-result", "--save-detailed"):
         made.add_argument(name, action="store_true", required=True)
     return made

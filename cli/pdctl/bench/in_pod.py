@@ -27,7 +27,7 @@ def commands(run: Run, target: KubernetesTarget, tokenizer: str | None) -> list[
     return [
         [
             "vllm",
-            *vllm.arguments(workload, url, model, tokenizer or target.weights, run.slos, workload.seed + repeat),
+            *vllm.arguments(workload, url, model, tokenizer or target.weights, workload.seed + repeat),
             *vllm.saving(".", f"{repeat}.json"),
         ]
         for repeat in range(run.about["repeats"])

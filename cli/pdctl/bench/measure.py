@@ -139,7 +139,7 @@ def measure(
         PdctlError: a client process cannot do its work.
     """
     path = run.folder / "requests.jsonl"
-    _forget(path, repeat)  # a repeat that was cut short is made anew
+    forget(path, repeat)  # a repeat that was cut short is made anew
     processes = max(1, min(client.processes, workload.concurrency or client.processes))
     begin = time.perf_counter()
     senders = _Senders()
@@ -189,7 +189,8 @@ def measure(
     return told
 
 
-def _forget(path: Path, repeat: int) -> None:
+def forget(path: Path, repeat: int) -> None:
+    """Take a repeat's requests out of a file of them."""
     if not path.exists():
         return
     kept = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

@@ -14,8 +14,8 @@ from typing import Any
 
 import orjson
 
-from pdctl.bench.measure import Progress
-from pdctl.bench.slo import Slo
+from pdctl.bench.measure import Progress, forget
+from pdctl.bench.slo import meeting
 from pdctl.bench.workload import Workload
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.runs.run import Run
@@ -41,7 +41,7 @@ def program() -> str:
     return found
 
 
-def arguments(workload: Workload, url: str, model: str, tokenizer: str, slos: list[Slo], seed: int) -> list[str]:
+def arguments(workload: Workload, url: str, model: str, tokenizer: str, seed: int) -> list[str]:
     """Give the arguments of `vllm bench serve` for a workload, without the program and where the result goes.
 
     Raises:
@@ -70,8 +70,7 @@ def arguments(workload: Workload, url: str, model: str, tokenizer: str, slos: li
         ramp = workload.ramp
         made += ["--ramp-up-strategy", ramp.strategy, "--ramp-up-start-rps", f"{ramp.start:g}"]
         made += ["--ramp-up-end-rps", f"{ramp.end:g}"]
-    known = [f"{slo.metric}:{slo.milliseconds:g}" for slo in slos if slo.metric != "itl"]
-    return made + (["--goodput", *known] if known else [])
+    return made
 
 
 def measure(
@@ -85,7 +84,7 @@ def measure(
     vllm = program()
     with tempfile.TemporaryDirectory() as folder, as_file(files("pdsim.engine") / "tokenizer") as simulated:
         named = tokenizer or (str(simulated) if place.simulated else place.model)
-        asked = arguments(workload, place.url, place.model, named, run.slos, workload.seed + repeat)
+        asked = arguments(workload, place.url, place.model, named, workload.seed + repeat)
         command = [vllm, *asked, *saving(folder, "result.json")]
         run.note(client_command=command)
         log = run.folder / f"vllm-{repeat}.log"
@@ -123,6 +122,7 @@ def keep(run: Run, repeat: int, path: Path) -> dict[str, Any]:
     try:
         told: dict[str, Any] = orjson.loads(path.read_bytes())
         ended = told["completed"] + told["failed"]
+        forget(run.folder / "requests.jsonl", repeat)
         _keep_requests(run, told, repeat)
     except (orjson.JSONDecodeError, LookupError, TypeError) as error:
         raise PdctlError(
@@ -135,8 +135,12 @@ def keep(run: Run, repeat: int, path: Path) -> dict[str, Any]:
     reasons = Counter(error.strip().splitlines()[-1] for error in told["errors"] if error.strip())
     for name in ("input_lens", "output_lens", "ttfts", "itls", "start_times", "generated_texts", "errors"):
         told.pop(name, None)
-    slos = {slo.metric: slo.milliseconds for slo in run.slos}
-    extra = {"partial": False, "repeat": repeat, "client": "vllm", "slos": slos, "aborted": 0, "errors": dict(reasons)}
+    extra = {"partial": False, "repeat": repeat, "client": "vllm", "aborted": 0, "errors": dict(reasons)}
+    extra["slos"] = {slo.metric: slo.milliseconds for slo in run.slos}
+    if run.slos:  # counted here, as for our own load: vLLM has no objective of the gaps between tokens
+        good = meeting(run.records(repeat), run.slos)
+        extra["slo_attainment"] = good / ended
+        told["request_goodput"] = good / told["duration"]
     told |= {"num_gpus": run.about["fleet"]["gpus"], "simulated": run.simulated, "pdctl": extra}
     run.keep(repeat, told)
     return told

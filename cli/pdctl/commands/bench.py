@@ -99,7 +99,7 @@ def bench(
     client = client or (Generator.VLLM if away and not place.simulated else Generator.PDCTL)
     away = away and client is Generator.VLLM
     if client is Generator.VLLM:
-        vllm.arguments(workload, place.url, place.model, tokenizer or place.model, slos, seed)
+        vllm.arguments(workload, place.url, place.model, tokenizer or place.model, seed)
         if not away:
             vllm.program()
     emptied = not keep_caches and place.target is not None and _emptied(place.target)
