@@ -93,7 +93,7 @@ def test_a_closed_terminal_in_the_middle_of_bench_leaves_what_was_measured(shell
     runs = shell.state.parent / "data" / "pdctl" / "runs"
     until(lambda: any(path.read_bytes().count(b"\n") > 8 for path in runs.glob("*/requests.jsonl")), 60, "some ended")
     os.close(window)
-    assert running.wait(20) == 130
+    assert running.wait(60) == 130
     told = shell.told("runs", "show", "b")
     assert told["state"] == "partial"
     assert 8 < told["results"][0]["completed"] < 500
