@@ -67,13 +67,12 @@ def pair(shared: Pair) -> Pair:
 
 
 @pytest.fixture
-def mortal() -> Iterator[Pair]:
-    """A pair whose decode engine may die in the test."""
+def mortal(pair: Pair) -> Iterator[Pair]:
+    """The pair with another decode engine, which may die in the test."""
     made = Pair()
-    start_all(made.all)
-    yield made
-    for one in made.all:
-        one.stop()
+    made.prefill, made.plain = pair.prefill, pair.plain
+    with made.decode:
+        yield made
 
 
 def fresh(words: int = 300) -> str:
