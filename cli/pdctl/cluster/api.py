@@ -97,13 +97,16 @@ class Cluster:
         Raises:
             PdctlError: there is no such context, or no answer.
         """
-        import kr8s.asyncio  # noqa: PLC0415 half a second, which no other command need wait for
+        # Half a second, which no other command need wait for. kr8s.api() would ask for /version without a time limit.
+        from kr8s._auth import KubeAuth  # noqa: PLC0415
 
         scratch()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of versions that kr8s was not tried with
-                api = await kr8s.asyncio.api(context=context)
+                auth = await KubeAuth(context=context)
+            made = cls(auth.active_context, auth.server, _auth=auth)
+            made._client = await made._new_client()
         except (ValueError, KeyError, IndexError, FileNotFoundError) as error:
             where = f"context {context!r}" if context else "the current context"
             raise PdctlError(
@@ -111,13 +114,6 @@ class Cluster:
                 "see kubectl config get-contexts; choose one with --context, or another file with KUBECONFIG",
                 ExitCode.PREFLIGHT,
             ) from None
-        except kr8s.ServerError as error:
-            raise PdctlError(
-                f"{context or 'the current context'}: the cluster does not accept its credentials: {error}",
-                "log in again as your cluster's provider says, or choose another --context", ExitCode.PREFLIGHT,
-            ) from None  # fmt: skip
-        except (httpx.HTTPError, kr8s.APITimeoutError, OSError) as error:
-            raise Unreachable(context or "the current context", _why(error)) from None
         except (
             Exception
         ) as error:  # what an exec plugin of the kubeconfig makes of a failure differs from one to the next
@@ -125,8 +121,6 @@ class Cluster:
                 f"the credentials of {context or 'the current context'} cannot be had: {type(error).__name__}: {error}",
                 "log in again as your cluster's provider says", ExitCode.PREFLIGHT,
             ) from None  # fmt: skip
-        made = cls(api.auth.active_context, api.auth.server, _auth=api.auth)
-        made._client = await made._new_client()
         made.version = (await made.get("/version")).get("gitVersion", "")
         return made
 
