@@ -15,7 +15,7 @@ from pdrouter.settings import schema
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOOLS = ROOT / ".tools/bin"
-CHARTS = ("pd-engines", "pd-router")
+CHARTS = ("pd-engines", "pd-router", "llm-d-router", "vllm-router")
 RENDERED = pathlib.Path("tests/charts/rendered/llama31-8b.yaml")
 NAMESPACE = "vllm-router-pd-llama31"
 

@@ -34,6 +34,7 @@ pins='
 # Modules that hold the custom resources which the charts may render; a name of its own for them: crds.
 prometheus_operator=github.com/prometheus-operator/prometheus-operator@v0.85.0
 keda=github.com/kedacore/keda/v2@v2.21.0
+inference=sigs.k8s.io/gateway-api-inference-extension@v1.5.0
 
 # What the go.mod of a MODULE at a VERSION replaces: Go follows that only in the main module, so it is said again here.
 replaced() {
@@ -95,16 +96,18 @@ build() {
 
 folder_of() { go mod download -json "$1" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p'; }
 
-# JSON schemas of the custom resources that the charts may render, by kubeconform's own converter.
+# JSON schemas of the custom resources that the charts may render, by kubeconform's own converter; and the definition of
+# InferencePool itself, which a cluster must have before it takes one.
 crd_schemas() {
   local operator scaler checker crds
   operator=$(folder_of "$prometheus_operator") scaler=$(folder_of "$keda")
+  install -m 644 "$(folder_of "$inference")/config/crd/bases/inference.networking.k8s.io_inferencepools.yaml" inferencepools.yaml
   checker=$(folder_of "github.com/yannh/kubeconform@$(pin kubeconform 2)")
   crds=$operator/example/prometheus-operator-crd/monitoring.coreos.com
   [ -x "$root/.venv/bin/python" ] || die "crds: there is no .venv yet; call make tools, or make setup first"
   FILENAME_FORMAT='{kind}-{group}-{version}' "$root/.venv/bin/python" "$checker/scripts/openapi2jsonschema.py" \
     "${crds}_podmonitors.yaml" "${crds}_servicemonitors.yaml" "${crds}_prometheusrules.yaml" \
-    "$scaler/config/crd/bases/keda.sh_scaledobjects.yaml" >/dev/null
+    "$scaler/config/crd/bases/keda.sh_scaledobjects.yaml" inferencepools.yaml >/dev/null
 }
 
 # The container that holds a pod's namespaces open on real nodes.
@@ -166,7 +169,7 @@ mkdir -p .tools/bin
 for name in ${*:-$known}; do
   grep -qw -- "$name" <<<"${known//$'\n'/ }" || die "there is no $name; known: ${known//$'\n'/ }"
   if [ "$name" = crds ]; then
-    entry=$(cached crds "${prometheus_operator##*@}-${keda##*@}" crd_schemas)
+    entry=$(cached crds "${prometheus_operator##*@}-${keda##*@}-${inference##*@}" crd_schemas)
     ln -sfn "$entry" .tools/schemas
   elif [ "$name" = pause ]; then
     entry=$(cached pause 1 pause)

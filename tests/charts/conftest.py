@@ -47,7 +47,7 @@ def render(call: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..
     """Give a function that renders a chart and reads the objects."""
 
     def rendered(chart: str, *arguments: str, release: str | None = None, helm: str = "helm") -> Objects:
-        release = release or {"pd-engines": "ms-llama31", "pd-router": "vllm-router-llama31"}[chart]
+        release = release or {"pd-engines": "ms-llama31", "pd-router": "vllm-router-llama31"}.get(chart, chart)
         kubernetes = ("--kube-version", "v1.36.0")  # otherwise that of the libraries in each Helm
         done = call(helm, "template", release, f"charts/{chart}", "-n", NAMESPACE, *kubernetes, *arguments)
         assert done.returncode == 0, done.stderr

@@ -77,13 +77,15 @@ def test_helm_3_renders_what_helm_4_renders(everything: dict[str, Objects], rend
 
 
 def test_the_suites_beside_the_charts_pass(call: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = call("helm-unittest", "--strict", "charts/pd-engines", "charts/pd-router")
+    charts = sorted(str(path.parent) for path in ROOT.glob("charts/*/Chart.yaml"))
+    done = call("helm-unittest", "--strict", *charts)
     assert done.returncode == 0, done.stdout
-    assert "Charts:      2 passed, 2 total" in done.stdout
+    assert f"Charts:      {len(charts)} passed, {len(charts)} total" in done.stdout
+    assert all(list((ROOT / "charts" / chart / "tests").glob("*_test.yaml")) for chart in charts)
 
 
 def test_helm_finds_nothing_to_say_about_the_charts(call: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    for name in ("engines", "router"):
+    for name in ("engines", "router", "llm-d", "vllm-router"):
         chart, *arguments = VARIANTS[name]
         done = call("helm", "lint", "--strict", f"charts/{chart}", *arguments)
         assert done.returncode == 0, done.stdout

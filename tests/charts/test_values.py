@@ -13,10 +13,12 @@ from pdrouter.settings import schema
 from .conftest import ROOT
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
-CHARTS = ("pd-engines", "pd-router")
+CHARTS = ("pd-engines", "pd-router", "llm-d-router", "vllm-router")
 FREE = {
     "pd-engines": {"resources", "requests", "limits", "affinity", "behavior", "extraConfig"},
     "pd-router": {"resources", "requests", "limits", "affinity", "behavior"},
+    "llm-d-router": {"resources", "requests", "limits", "affinity"},
+    "vllm-router": {"resources", "requests", "limits", "affinity"},
 }
 """Values whose keys are Kubernetes' or vLLM's own."""
 

@@ -26,6 +26,11 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: router
 {{- end -}}
 
+{{/* Whether another release's router serves and this one has no pods. */}}
+{{- define "pd-router.away" -}}
+{{- if and .Values.service.release (not .Values.service.standby) -}}yes{{- end -}}
+{{- end -}}
+
 {{- define "pd-router.testselector" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
