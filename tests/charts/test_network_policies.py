@@ -24,9 +24,11 @@ def pod(name: str, labels: dict[str, str], namespace: str = NAMESPACE) -> End:
 class Deployment:
     """Both charts rendered: their policies, their pods as they are labelled, and who else is in a cluster."""
 
-    def __init__(self, render: Render, *engine_values: str, router_values: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, render: Render, *engine_values: str, chart: str = "pd-router", router_values: tuple[str, ...] = ()
+    ) -> None:
         engines = render("pd-engines", "-f", "values/llama31-8b.yaml", *engine_values)
-        router = render("pd-router", "--set", "engines.release=ms-llama31", *router_values)
+        router = render(chart, "--set", "engines.release=ms-llama31", *router_values)
         self.policies = [
             one | {"metadata": one["metadata"] | {"namespace": NAMESPACE}}
             for one in (*engines, *router)
@@ -182,10 +184,36 @@ def test_a_router_that_asks_kubernetes_nothing_does_not_reach_its_api(render: Re
     assert deployed.lets("router", "internet", 8000)
 
 
+@pytest.mark.parametrize(
+    ("chart", "values"),
+    [
+        ("llm-d-router", ()),
+        ("vllm-router", ("--set", "engines.prefill={http://a:8000},engines.decode={http://b:8200}")),
+    ],
+)
+def test_another_router_reaches_the_engines_apis_and_nothing_more_of_them(
+    render: Render, chart: str, values: tuple[str, ...]
+) -> None:
+    deployed = Deployment(render, chart=chart, router_values=values)
+    assert deployed.lets("router", "prefill", 8000)
+    assert deployed.lets("router", "decode", 8200)
+    assert deployed.lets("other pod", "router", 10001)
+    assert deployed.lets("Prometheus", "router", 29000)
+    assert deployed.lets("decode", "prefill", 5600), "what the engines need is as it was"
+    assert deployed.lets("router", "internet", 6443) == (chart == "llm-d-router"), "llm-d's picker asks Kubernetes"
+    for source, target, port in (
+        ("router", "prefill", 8200), ("router", "decode", 8000), ("router", "prefill", 5600),
+        ("router", "engine of another release", 8000), ("other pod", "prefill", 8000), ("other pod", "router", 9002),
+        ("other pod", "router", 8000), ("other pod", "router", 29000), ("router", "internet", 80),
+    ):  # fmt: skip
+        assert not deployed.lets(source, target, port), (source, target, port)
+
+
 def test_no_policy_is_rendered_where_none_is_wanted(render: Render) -> None:
     for chart, values in (
         ("pd-engines", ("-f", "values/llama31-8b.yaml")),
         ("pd-router", ("--set", "engines.release=a")),
+        ("llm-d-router", ("--set", "engines.release=a")),
     ):
         objects = render(chart, *values, "--set", "networkPolicy.enabled=false")
         assert not [one for one in objects if one["kind"] == "NetworkPolicy"]
@@ -195,6 +223,7 @@ def test_two_releases_in_one_namespace_select_no_pod_of_each_other(render: Rende
     for chart, values in (
         ("pd-engines", ("-f", "values/llama31-8b.yaml")),
         ("pd-router", ("--set", "engines.release=a")),
+        ("llm-d-router", ("--set", "engines.release=c")),
     ):
         mine, yours = (render(chart, *values, release=name) for name in ("one", "two"))
         pods = [one["spec"]["template"]["metadata"]["labels"] for one in yours if one["kind"] == "Deployment"]

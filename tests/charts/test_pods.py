@@ -73,7 +73,7 @@ def test_every_container_has_a_pinned_image_and_says_what_it_needs(
     for pod, spec in pods(everything[variant]):
         assert spec["enableServiceLinks"] is False, pod
         for one in containers(spec):
-            assert re.search(r"(:v?\d+\.\d+\.\d+|@sha256:[0-9a-f]{64})$", one["image"]), one["image"]
+            assert re.search(r"(:(distroless-)?v?\d+\.\d+\.\d+|@sha256:[0-9a-f]{64})$", one["image"]), one["image"]
             for kind in ("requests", "limits"):
                 assert {"cpu", "memory"} <= set(one["resources"][kind]), f"{pod}: {one['name']}"
 

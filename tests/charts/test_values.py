@@ -143,6 +143,27 @@ def test_every_model_goes_with_every_network(call: Call, tools: Any, model: str,
     objects = [one for one in yaml.safe_load_all(done.stdout) if one]
     names = {(one["kind"], one["metadata"]["name"]) for one in objects}
     assert ("Deployment", f"router-{model}") in names
+    assert not [name for _, name in names if "llm-d-router" in name], "off unless it is asked for"
     config = next(one["data"]["config.yaml"] for one in objects if "config.yaml" in one.get("data", {}))
     assert f"app.kubernetes.io/instance=ms-{model},llm-d.ai/role=decode" in config
     assert "service_discovery_namespace: somewhere" in config
+
+
+def test_helmfile_lets_llm_d_stand_in_for_our_router_where_that_is_said(call: Call, tools: Any) -> None:
+    helmfile = ("helmfile", "--helm-binary", tools / "helm", "--quiet", "-n", "somewhere", "--state-values-set")
+    done = call(*helmfile, "serving=llm-d", "template")
+    assert done.returncode == 0, done.stderr
+    objects = {(one["kind"], one["metadata"]["name"]): one for one in yaml.safe_load_all(done.stdout) if one}
+    assert (
+        objects["InferencePool", "llm-d-router"]["spec"]["selector"]["matchLabels"].items()
+        >= {"app.kubernetes.io/instance": "ms-llama31"}.items()
+    )
+    pods = objects["Deployment", "llm-d-router"]["spec"]["template"]["metadata"]["labels"]
+    clients = objects["Service", "vllm-router-llama31"]["spec"]["selector"]
+    assert clients.items() <= pods.items()
+    assert objects["Deployment", "vllm-router-llama31"]["spec"]["replicas"] == 0
+    done = call(*helmfile, "serving=ours", "template")
+    ours = {(one["kind"], one["metadata"]["name"]): one for one in yaml.safe_load_all(done.stdout) if one}
+    for role in ("prefill", "decode"):
+        name = ("Deployment", f"ms-llama31-llm-d-modelservice-{role}")
+        assert ours[name] == objects[name], "no engine is touched"

@@ -43,9 +43,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     ),
     "router that another release stands in for": ("pd-router", *_SERVED, "--set", "service.release=llm-d-router"),
     "llm-d": ("llm-d-router", *_SERVED),
-    "llm-d by its sample": ("llm-d-router", *_SERVED, "--set", "epp.preset=pd-sample,epp.args={--emit-endpoint-scores}"),
+    "llm-d by its sample": ("llm-d-router", *_SERVED, "--set", "epp.preset=pd-sample"),
     "vllm-router": (
-        "vllm-router", *_SERVED, "--set", "engines.prefill={http://10.1.0.1:8000},engines.decode={http://10.1.0.2:8200}",
+        "vllm-router", *_SERVED, "--set", "engines.prefill={http://a:8000},engines.decode={http://b:8200}",
     ),
     "router of another namespace": (
         "pd-router", *_SERVED, "--set", "engines.namespace=models,config.policy=pd_cost,config.workers=4",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .control_plane import Cluster, ClusterError, ControlPlane, NotPossible
+from .control_plane import BIN, Cluster, ClusterError, ControlPlane, NotPossible
 from .fake_nodes import fake_cluster
 
 
@@ -20,6 +20,9 @@ def cluster() -> Iterator[ControlPlane]:
             pytest.skip(str(error))
         except ClusterError as error:
             pytest.fail(str(error), pytrace=False)
+        pools = BIN.parent / "schemas/inferencepools.yaml"  # as its module publishes it
+        applied = plane.run("kubectl", "apply", "--server-side", "-f", str(pools))
+        assert applied.returncode == 0, applied.stderr
         yield plane
 
 

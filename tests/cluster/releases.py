@@ -56,6 +56,17 @@ class Releases:
         assert done.returncode == 0, f"kubectl {arguments}: {done.stderr}{self.told()}"
         return done.stdout
 
+    def own_rights(self, account: str) -> set[tuple[str, ...]]:
+        """Give resource and verbs of what an account of the namespace may do beyond what every account may."""
+
+        def rights(namespace: str, name: str) -> set[tuple[str, ...]]:
+            groups = ("--as-group=system:serviceaccounts", "--as-group=system:authenticated")
+            who = f"--as=system:serviceaccount:{namespace}:{name}"
+            told = self.kubectl("auth", "can-i", "--list", "--no-headers", who, *groups)
+            return {tuple(part for part in line.split() if part != "[]") for line in told.splitlines()}
+
+        return rights(self.namespace, account) - rights("default", "default")
+
     @contextmanager
     def forwarded(self, what: str, port: int) -> Iterator[str]:
         """Forward a port of a pod or Service and give the address of its other end."""

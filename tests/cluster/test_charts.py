@@ -8,7 +8,7 @@ import yaml
 
 from charts.variants import VARIANTS
 
-from .control_plane import Cluster
+from .control_plane import BIN, Cluster
 from .releases import Releases
 
 OPERATORS = {"PodMonitor", "ServiceMonitor", "PrometheusRule", "ScaledObject"}
@@ -71,14 +71,38 @@ def test_budgets_are_computed_and_an_upgrade_changes_only_what_it_is_told(cluste
     here.until_ready("ms-tiny", 4)
 
 
-def test_what_an_uninstall_leaves_in_the_namespace_is_what_was_there_before(cluster: Cluster, namespace: str) -> None:
+def test_helmfile_brings_the_deployment_up_and_takes_all_of_it_away(cluster: Cluster, namespace: str) -> None:
     here = Releases(cluster, namespace)
     kinds = "all,configmaps,secrets,serviceaccounts,roles,rolebindings,networkpolicies,pdb,endpointslices,pvc,hpa"
     before = here.kubectl("get", kinds, "-o", "name")
-    here.engines("ms-tiny", 1, 1)
-    here.router("router", "ms-tiny")
-    here.until_ready("ms-tiny", 2)
-    here.until_ready("router", 1)
-    for release in ("router", "ms-tiny"):
-        here.helm("uninstall", release, "--cascade", "foreground")
-    cluster.until(lambda: here.kubectl("get", kinds, "-o", "name") == before, "nothing is left")
+    helmfile = ("--helm-binary", str(BIN / "helm"), "-n", namespace, "--state-values-set", "model=small")
+    done = cluster.run("helmfile", *helmfile, "sync", seconds=180)
+    assert done.returncode == 0, done.stderr
+    here.until_ready("ms-llama31", 2)
+    here.until_ready("vllm-router-llama31", 1)
+    done = cluster.run("helmfile", *helmfile, "destroy", seconds=180)
+    assert done.returncode == 0, done.stderr
+    cluster.until(lambda: here.kubectl("get", kinds, "-o", "name") == before, "nothing is left", 120)
+
+
+def test_llm_ds_picker_may_read_pods_and_pools_of_its_namespace_and_nothing_else(
+    cluster: Cluster, namespace: str
+) -> None:
+    here = Releases(cluster, namespace)
+    rendered = here.helm("template", "llm-d-router", "charts/llm-d-router", values={"engines": {"release": "a"}}).stdout
+    rights = [one for one in yaml.safe_load_all(rendered) if one["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
+    here.kubectl("apply", "--server-side", "-f", "-", stdin=_list(rights))
+    held = here.own_rights("llm-d-router")
+    assert held == {
+        ("pods", "[get", "list", "watch]"),
+        *(
+            (f"{kind}.{group}", "[get", "list", "watch]")
+            for kind, group in (
+                ("inferencepools", "inference.networking.k8s.io"),
+                ("inferenceobjectives", "llm-d.ai"),
+                ("inferencemodelrewrites", "llm-d.ai"),
+                ("inferenceobjectives", "inference.networking.x-k8s.io"),
+                ("inferencemodelrewrites", "inference.networking.x-k8s.io"),
+            )
+        ),
+    }

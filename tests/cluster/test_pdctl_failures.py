@@ -69,7 +69,9 @@ def webhook(pdctl: Pdctl, resource: str, group: str, policy: str, seconds: int) 
             "admissionReviewVersions": ["v1"],
             "clientConfig": {"url": f"https://127.0.0.1:{port}/", "caBundle": ""},
             "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": pdctl.namespace}},
-            "rules": [{"apiGroups": [group], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": [resource]}],
+            "rules": [
+                {"apiGroups": [group], "apiVersions": ["v1"], "operations": ["CREATE", "UPDATE"], "resources": [resource]},
+            ],
         }  # fmt: skip
         post(pdctl, path, metadata={"name": name}, webhooks=[hook])
         try:
@@ -192,6 +194,10 @@ def test_a_webhook_that_does_not_answer_is_named(pdctl: Pdctl) -> None:
         failed = pdctl.deploy("--timeout", "8")
         failed.says(4, "refused by the API: ", "slow.pdctl.test", "see that the service of the webhook")
     pdctl.deploy().says(0, "ready ")
+    with webhook(pdctl, "deployments", "apps", "Fail", 1):  # it now has a say in what Helm itself sends
+        failed = pdctl.deploy("--set", "engines.args={--max-num-seqs=512}")
+        failed.says(1, "while installing ms-llama31", "slow.pdctl.test", "see that the webhook's service runs")
+    pdctl.deploy("--set", "engines.args={--max-num-seqs=512}").says(0, "ms-llama31 upgraded", "ready ")
 
 
 def test_an_api_server_that_is_away_for_half_a_minute_is_waited_for(tmp_path: pathlib.Path) -> None:
@@ -266,6 +272,28 @@ def test_ctrl_c_says_at_every_stage_what_still_runs(pdctl: Pdctl) -> None:
     waiting.interrupt()
     waiting.end().says(130, "goes on starting in the cluster", "pdctl status")
     pdctl.deploy().says(0, "ready ")
+
+
+def test_ctrl_c_in_changes_and_cleanup_says_what_goes_on_and_a_second_run_ends_it(pdctl: Pdctl) -> None:
+    leaving = {"engines": {"shutdown": {"leaveSeconds": 5, "drainSeconds": 10}}}
+    pdctl.deploy(values=pdctl.values(**leaving)).says(0, "ready ")
+    slow = r"engines.decode.podAnnotations.fault\.pdctl\.test/start-seconds=8"
+    for verb, arguments, sign in (
+        ("scale", ["decode=2"], "decode 1/2"),
+        ("rollout", ["--set", slow], "stopping"),
+    ):
+        changing = pdctl.start(verb, *arguments)
+        changing.until(sign)
+        changing.interrupt()
+        changing.end().says(130, f"interrupted; the {verb} goes on in the cluster", "pdctl status")
+        pdctl.run(verb, *arguments).says(0, "ready ", "decode 2/2")
+    cleaning = pdctl.start("cleanup", "-y")
+    cleaning.until("pods still stop")
+    cleaning.interrupt()
+    cleaning.end().says(130, "interrupted; what was told to go still goes in the cluster", "pdctl cleanup")
+    pdctl.run("cleanup", "-y").says(0, "gone: ")
+    pods = f"/api/v1/namespaces/{pdctl.namespace}/pods"
+    assert not pdctl.plane.items(pods)
 
 
 def test_two_runs_do_not_deploy_at_once(pdctl: Pdctl) -> None:

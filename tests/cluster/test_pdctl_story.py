@@ -101,12 +101,24 @@ def test_the_whole_life_of_a_deployment_costs_no_request_and_leaves_nothing(pdct
     pdctl.run("scale", "decode=2").says(0, "prefill 1/1  decode 2/2")
     pods = {part["name"] for part in pdctl.told("status")["parts"] if part["role"] != "router"}
     pdctl.run("rollout", "--set", "engines.args={--max-num-seqs=512}").says(0, "ready ")
-    assert not pods & {part["name"] for part in pdctl.told("status")["parts"]}, "every engine is a new one"
+    engines = {part["name"] for part in pdctl.told("status")["parts"] if part["role"] != "router"}
+    assert not pods & engines, "every engine is a new one"
+    absent = r"podAnnotations.fault\.pdctl\.test/image=manifest unknown"
+    failed = pdctl.run("router", "switch", "llm-d", "--set", absent)
+    failed.says(1, "llm-d-router does not become ready: the registry has no ghcr.io/llm-d/", "served goes on")
+    pdctl.run("router", "switch", "vllm-router").says(
+        0, "clients reach vllm-router", "pd-router, consistent_hash before"
+    )
+    told = pdctl.told("status")["parts"]
+    assert engines == {part["name"] for part in told if part["role"] != "router"}, "no engine was touched"
     load.interrupt()
     load.end().says(130, "interrupted after")
     result = json.loads((pdctl.folder / "load.json").read_text())
     assert result["failed"] == 0, result["pdctl"]["errors"]
     assert result["completed"] > 50
+    answer = httpx.post(url.removesuffix("/v1") + CHAT, json=chat, timeout=60, trust_env=False)
+    assert answer.status_code == 200, "the port-forward has found vllm-router"
+    pdctl.run("router", "switch", "ours").says(0, "clients reach vllm-router-llama31", "vllm-router is uninstalled")
     follow = pdctl.start("logs", "router", "--follow", "--tail", "1")
     follow.until("router-")
     pdctl.run("rollout", "--restart", "router").says(0, "ready ")

@@ -9,7 +9,7 @@ from pdctl.cluster.deploying import LOOK_SECONDS, OUTAGE_SECONDS, Teller
 from pdctl.cluster.helm import Helm
 from pdctl.cluster.lock import locked
 from pdctl.cluster.observe import PART, Observer
-from pdctl.cluster.releases import changed
+from pdctl.cluster.releases import ENGINES, ROUTER, changed
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.podstate import Snapshot, Verdict, Watched, diagnose
 
@@ -23,9 +23,15 @@ async def scalable(cluster: Cluster, namespace: str, role: str) -> int:
     things = await cluster.list(
         paths.namespaced("deployments", namespace), f"{PART},app.kubernetes.io/component={role}"
     )
-    if not things:
+    own = {ENGINES, ROUTER}
+    thing = next((one for one in things if one["metadata"]["labels"]["app.kubernetes.io/instance"] in own), None)
+    if thing is None:
         raise PdctlError(f"{namespace} has no {role}", "see pdctl status", ExitCode.USAGE)
-    [thing] = things
+    if len(things) > 1:
+        raise PdctlError(
+            f"another router serves, and is not scaled: {', '.join(one['metadata']['name'] for one in things)}",
+            "pdctl router switch ours brings this one back", ExitCode.USAGE,
+        )  # fmt: skip
     scalers = await cluster.list(paths.namespaced("horizontalpodautoscalers", namespace))
     for scaler in scalers:
         if scaler["spec"]["scaleTargetRef"]["name"] == thing["metadata"]["name"]:
@@ -64,13 +70,20 @@ async def change(
                 await helm.finish(release.name, state)
             await helm.install(release)
             teller.say(f"{release.name} upgraded: {', '.join(values)}")
-        observer = Observer(cluster, namespace)
-        watched = Watched(timeout, timeout)
-        began = time.monotonic()
-        while True:
-            snapshot = await observer.snapshot()
-            verdict = watched.judge(snapshot, diagnose(snapshot, observer.tails))
-            teller.show(snapshot, observer, watched.findings, time.monotonic() - began)
-            if verdict is not Verdict.COMING:
-                return verdict, watched, snapshot
-            await asyncio.sleep(LOOK_SECONDS)
+        return await settled(cluster, namespace, timeout, teller)
+
+
+async def settled(
+    cluster: Cluster, namespace: str, timeout: float, teller: Teller
+) -> tuple[Verdict, Watched, Snapshot]:
+    """Watch until all is ready, or cannot become so, or the time is over."""
+    observer = Observer(cluster, namespace)
+    watched = Watched(timeout, timeout)
+    began = time.monotonic()
+    while True:
+        snapshot = await observer.snapshot()
+        verdict = watched.judge(snapshot, diagnose(snapshot, observer.tails))
+        teller.show(snapshot, observer, watched.findings, time.monotonic() - began)
+        if verdict is not Verdict.COMING:
+            return verdict, watched, snapshot
+        await asyncio.sleep(LOOK_SECONDS)

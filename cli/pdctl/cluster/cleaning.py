@@ -10,11 +10,12 @@ from pdctl.cluster import paths, record
 from pdctl.cluster.api import ApiError, Cluster
 from pdctl.cluster.helm import Helm
 from pdctl.cluster.observe import PART
-from pdctl.cluster.releases import ENGINES, ROUTER
+from pdctl.cluster.releases import ENGINES, OTHERS, ROUTER
 from pdctl.cluster.wanted import kinds_text
 from pdctl.errors import ExitCode, PdctlError
 
 LOOK_SECONDS = 0.5
+_RELEASES = (*OTHERS.values(), ROUTER, ENGINES)  # in the order in which they go
 # What Kubernetes itself puts into a namespace, or keeps of others' objects.
 _OF_THE_SYSTEM = ("events", "endpoints", "endpointslices", "leases", "localsubjectaccessreviews", "bindings")
 
@@ -52,7 +53,7 @@ def _managed(thing: Any) -> bool:
 async def look(cluster: Cluster, helm: Helm, namespace: str, space: Any) -> Found:
     """See what is there."""
     releases, kept = {}, []
-    for name in (ROUTER, ENGINES):
+    for name in _RELEASES:
         state = await helm.state(name)
         if not state.exists:
             continue
@@ -93,7 +94,7 @@ def _ours(thing: Any) -> bool:
         return True
     if meta["name"] in ("default", "kube-root-ca.crt"):  # each namespace has them
         return True
-    if labels.get("owner") == "helm" and labels.get("name") in (ENGINES, ROUTER):
+    if labels.get("owner") == "helm" and labels.get("name") in _RELEASES:
         return True
     return bool(meta.get("ownerReferences"))
 

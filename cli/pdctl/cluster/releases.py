@@ -1,6 +1,9 @@
-"""What a deployment consists of: two releases, their charts, the values asked for; as helmfile.yaml says it."""
+"""What a deployment consists of: two releases, their charts, the values asked for; as helmfile.yaml says it.
 
-from collections.abc import Sequence
+Another router before the same engines is a third one.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ NETWORKS = ("none", "infiniband", "roce", "efa")
 NAMESPACE = "vllm-router-pd-llama31"
 ENGINES, ROUTER = "ms-llama31", "vllm-router-llama31"
 PARTS = ("engines", "router")
+OTHERS = {"llm-d": "llm-d-router", "vllm-router": "vllm-router"}
+"""Releases of other routers before the same engines, by what these are called; each has a chart of its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ def _values(name: str, what: str) -> Path:
     for path in (folder / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
-    known = sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in NETWORKS)
+    known = sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in (*NETWORKS, *OTHERS))
     raise PdctlError(
         f"there is no {what} {name!r}", f"choose one of {', '.join(known)}, or name a values file", ExitCode.USAGE
     )
@@ -148,3 +153,25 @@ def changed(part: str, sets: Sequence[str]) -> Release:
     """Give a release that keeps the values that it was made with, but for these."""
     name, chart = (ENGINES, "pd-engines") if part == "engines" else (ROUTER, "pd-router")
     return Release(part, name, sources() / "charts" / chart, (), tuple(sets), reuse=True)
+
+
+def standing_in(router: str, policy: str, ports: Mapping[str, int], engines: Sequence[tuple[str, str]]) -> Release:
+    """Give the release of another router before the engines that run.
+
+    Args:
+        router: one of `OTHERS`.
+        policy: how it chooses engines; of llm-d, the preset of its endpoint picker.
+        ports: of the engines, by role.
+        engines: role and address of each engine; vllm-router is told them, llm-d finds them.
+    """
+    sets = [f"engines.release={ENGINES}", *(f"engines.{role}Port={port}" for role, port in ports.items())]
+    files: tuple[Path, ...] = ()
+    if router == "llm-d":
+        sets += [f"epp.preset={policy}"]
+        files = (sources() / "values/llm-d.yaml",)
+    else:
+        for role in ports:
+            urls = ",".join(f"http://{address}:{ports[role]}" for one, address in engines if one == role)
+            sets += [f"engines.{role}={{{urls}}}"]
+        sets += [f"policy={policy}"]
+    return Release("router", OTHERS[router], sources() / "charts" / OTHERS[router], files, tuple(sets))

@@ -37,6 +37,10 @@ def switch(
     context: Context = None,
     llm_d_epp: LlmdEpp = None,
     llm_d_sidecar: LlmdSidecar = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of its chart, on Kubernetes.", show_default=False),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds until the other router must serve.")] = 300.0,
 ) -> None:  # fmt: skip
     """Let another router stand before the same engines. No engine is restarted; ours finishes the requests it has."""
@@ -45,7 +49,7 @@ def switch(
     try:
         before = target.router
         with interruptible():
-            target.switch(wanted, Programs(llm_d_epp, llm_d_sidecar), timeout, _tell)
+            target.switch(wanted, Programs(llm_d_epp, llm_d_sidecar, tuple(sets or ())), timeout, _tell)
         out.print(f"[bold green]{wanted.title}[/] serves {target.router_url}/v1, {before.title} before", soft_wrap=True)
     finally:
         target.close()

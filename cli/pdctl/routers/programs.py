@@ -32,15 +32,17 @@ def envoy(say: Say) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """llm-d's programs, which no package index has; needed on this machine only.
+    """llm-d's programs, which no package index has; needed on this machine only. On Kubernetes charts name images.
 
     Args:
         epp: its endpoint picker.
         sidecar: its P/D sidecar.
+        sets: KEY=VALUE of the router's chart, on Kubernetes.
     """
 
     epp: Path | None = None
     sidecar: Path | None = None
+    sets: tuple[str, ...] = ()
 
     def found(self) -> tuple[str, str]:
         """Give the paths of both.

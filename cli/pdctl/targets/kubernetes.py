@@ -19,10 +19,12 @@ from pdctl.cluster.api import Cluster
 from pdctl.cluster.doctor import look
 from pdctl.cluster.execute import execute
 from pdctl.cluster.forward import Forward
+from pdctl.cluster.helm import Helm, find_helm
 from pdctl.cluster.identity import check_cluster
 from pdctl.cluster.logs import read, stream
 from pdctl.cluster.observe import PART, Observer
 from pdctl.cluster.screen import finding_lines, short
+from pdctl.cluster.switching import serving, standing, switch
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.podstate import Finding, Phase, Pod, Snapshot, diagnose
 from pdctl.routers.choice import Choice
@@ -158,25 +160,31 @@ class KubernetesTarget:
     def router_url(self) -> str:
         """Where clients in the cluster find the router."""
         for thing in self._deployments:
-            if thing["metadata"]["labels"].get("app.kubernetes.io/component") == "router":
+            if thing["metadata"]["labels"].get("app.kubernetes.io/name") == "pd-router":
                 return f"http://{thing['metadata']['name']}.{self.name}:{self._settings['port']}"
         return ""
 
     @property
     def router(self) -> Choice:
         """Which router stands before the engines."""
-        return Choice("ours", str(self._settings.get("policy", "consistent_hash")))
+        ours = str(self._settings.get("policy", "consistent_hash"))
+        return self._run(standing(self.cluster, self.name, ours))
 
     def switch(self, router: Choice, programs: Programs, timeout: float, tell: Callable[[str], None]) -> None:
-        """Let another router stand before the same engines.
+        """Let another router stand before the same engines: its release serves, then ours has no pods.
 
         Raises:
-            PdctlError: always, until charts/pd-llm-d can be deployed.
+            PdctlError: it cannot be, or does not become ready.
         """
-        raise PdctlError(
-            "routers cannot be switched on Kubernetes yet", "switch those of a deployment on this machine: --name",
-            ExitCode.USAGE,
-        )  # fmt: skip
+        found = self._run(find_helm())
+        helm = Helm(found.program, found.version, self.cluster.context, self.name)
+        try:
+            self._run(switch(self.cluster, helm, self.name, router, programs.sets, timeout, tell))
+        except KeyboardInterrupt:
+            raise PdctlError(
+                "interrupted; the router that clients reached last goes on, and the other one may be there as well",
+                f"run pdctl router switch{self.flags} again, it goes on where this run stopped", ExitCode.INTERRUPTED,
+            ) from None  # fmt: skip
 
     @cached_property
     def simulated(self) -> bool:
@@ -221,7 +229,7 @@ class KubernetesTarget:
     # reaching pods
 
     async def _ready_router(self) -> str | None:
-        found = await ready_pod(self.cluster, self.name, "router")
+        found = await ready_pod(self.cluster, self.name, "router", await serving(self.cluster, self.name))
         return None if found is None else str(found["metadata"]["name"])
 
     @contextlib.contextmanager
@@ -456,9 +464,9 @@ def _sums(workers: list[dict[str, Any]]) -> dict[str, Any]:
     return told
 
 
-async def ready_pod(cluster: Cluster, namespace: str, role: str) -> Any | None:
-    """Give a ready pod of a role, None when there is none."""
-    labels = f"{PART},app.kubernetes.io/component={role}"
+async def ready_pod(cluster: Cluster, namespace: str, role: str, release: str) -> Any | None:
+    """Give a ready pod of a role and release, None when there is none."""
+    labels = f"{PART},app.kubernetes.io/component={role},app.kubernetes.io/instance={release}"
     for thing in await cluster.list(paths.namespaced("pods", namespace), labels):
         conditions = {one["type"]: one["status"] for one in (thing.get("status") or {}).get("conditions") or ()}
         if conditions.get("Ready") == "True" and not thing["metadata"].get("deletionTimestamp"):
