@@ -70,7 +70,10 @@ def webhook(pdctl: Pdctl, resource: str, group: str, policy: str, seconds: int) 
             "clientConfig": {"url": f"https://127.0.0.1:{port}/", "caBundle": ""},
             "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": pdctl.namespace}},
             "rules": [
-                {"apiGroups": [group], "apiVersions": ["v1"], "operations": ["CREATE", "UPDATE"], "resources": [resource]},
+                {
+                    "apiGroups": [group], "apiVersions": ["v1"], "operations": ["CREATE", "UPDATE"],
+                    "resources": [resource],
+                }
             ],
         }  # fmt: skip
         post(pdctl, path, metadata={"name": name}, webhooks=[hook])

@@ -1,13 +1,19 @@
-"""What only a cluster can have wrong: Services without endpoints, levels of security, rights of the router."""
+"""What only a cluster can have wrong: Services without endpoints, levels of security, rights, RDMA devices."""
 
 import asyncio
 from typing import Any
 
 from pdctl.check import Check, Mark
 from pdctl.cluster import paths
-from pdctl.cluster.api import ApiError, Cluster
+from pdctl.cluster.api import ApiError, Cluster, Unreachable
+from pdctl.cluster.execute import execute
 from pdctl.cluster.observe import PART
-from pdctl.podstate import Phase, read_pod
+from pdctl.cluster.screen import short
+from pdctl.errors import PdctlError
+from pdctl.podstate import Phase, Pod, read_pod
+
+_DEVICES = "/sys/class/infiniband"  # where drivers of InfiniBand, RoCE and EFA name their devices
+_LIST = "import os, sys; there = sys.argv[1]; print(*(os.listdir(there) if os.path.isdir(there) else ()))"
 
 
 async def _endpoints(cluster: Cluster, namespace: str) -> Check:
@@ -89,6 +95,49 @@ async def _router_rights(cluster: Cluster, namespace: str, deployments: list[Any
     return Check("router's rights", Mark.FAIL, "there is no router", f"pdctl deploy --namespace {namespace}")
 
 
+def rdma_resource(deployments: list[Any]) -> str:
+    """Give the resource by which engines ask for RDMA devices, empty for none."""
+    for thing in deployments:
+        if thing["metadata"]["labels"].get("llm-d.ai/role"):
+            limits = (thing["spec"]["template"]["spec"]["containers"][0].get("resources") or {}).get("limits") or {}
+            for name in limits:
+                if "/" in name and not name.endswith("gpu"):
+                    return str(name)
+    return ""
+
+
+async def _rdma(cluster: Cluster, namespace: str, deployments: list[Any]) -> Check:
+    """Look into each engine for the devices that its pod asks for."""
+    resource = rdma_resource(deployments)
+    if not resource:
+        return Check("RDMA", Mark.OK, "no pod asks for it: KV goes over TCP")
+    pods = [
+        pod for pod in map(read_pod, await cluster.list(paths.namespaced("pods", namespace), PART))
+        if pod.phase is Phase.READY and pod.role in ("prefill", "decode")
+    ]  # fmt: skip
+
+    async def devices(pod: Pod) -> list[str] | PdctlError:
+        try:
+            said = await execute(cluster, namespace, pod.name, "vllm", ("python3", "-c", _LIST, _DEVICES))
+        except (ApiError, Unreachable) as error:
+            return error
+        return said.split()
+
+    found = dict(zip(pods, await asyncio.gather(*map(devices, pods)), strict=True))
+    without = [short(pod) for pod, told in found.items() if told == []]
+    if without:
+        return Check(
+            "RDMA", Mark.FAIL, f"{', '.join(without[:4])} of {len(pods)} asked for {resource} and have nothing in "
+            f"{_DEVICES}: KV does not go over RDMA", "see that the device plugin of that resource mounts its devices: "
+            f"kubectl describe node, kubectl logs of the plugin; or --network none (namespace {namespace})",
+        )  # fmt: skip
+    seen = [told for told in found.values() if isinstance(told, list)]
+    if len(seen) < len(pods) or not pods:
+        why = next((told.cause for told in found.values() if isinstance(told, PdctlError)), "no engine is ready")
+        return Check("RDMA", Mark.UNKNOWN, f"{resource} is asked for; the pods cannot be looked into: {why}")
+    return Check("RDMA", Mark.OK, f"{resource}: all {len(pods)} engines see {len(seen[0])} devices: {seen[0][0]}, …")
+
+
 async def look(cluster: Cluster, namespace: str, deployments: list[Any]) -> list[Check]:
     """Make all checks at once."""
     return list(
@@ -96,5 +145,6 @@ async def look(cluster: Cluster, namespace: str, deployments: list[Any]) -> list
             _endpoints(cluster, namespace),
             _security(cluster, namespace, deployments),
             _router_rights(cluster, namespace, deployments),
+            _rdma(cluster, namespace, deployments),
         )
     )

@@ -16,13 +16,14 @@ from rich.text import Text
 from pdctl.check import Check
 from pdctl.cluster import paths, record
 from pdctl.cluster.api import Cluster
-from pdctl.cluster.doctor import look
+from pdctl.cluster.doctor import look, rdma_resource
 from pdctl.cluster.execute import execute
 from pdctl.cluster.forward import Forward
 from pdctl.cluster.helm import Helm, find_helm
 from pdctl.cluster.identity import check_cluster
 from pdctl.cluster.logs import read, stream
 from pdctl.cluster.observe import PART, Observer
+from pdctl.cluster.releases import ENGINES
 from pdctl.cluster.screen import finding_lines, short
 from pdctl.cluster.switching import serving, standing, switch
 from pdctl.errors import ExitCode, PdctlError
@@ -261,7 +262,8 @@ class KubernetesTarget:
 
     def ready_pod(self, role: str) -> Any | None:
         """Give a ready pod of a role, None when there is none."""
-        return self._run(ready_pod(self.cluster, self.name, role))
+        release = self._run(serving(self.cluster, self.name)) if role == "router" else ENGINES
+        return self._run(ready_pod(self.cluster, self.name, role, release))
 
     def execute(self, pod: str, container: str, command: Sequence[str]) -> str:
         """Run a short command in a container and give what it printed.
@@ -426,15 +428,10 @@ class KubernetesTarget:
     @property
     def rdma(self) -> str | None:
         """The resource by which engines ask for RDMA, empty for TCP."""
-        for thing in self._deployments:
-            if thing["metadata"]["labels"].get("llm-d.ai/role"):
-                resources = thing["spec"]["template"]["spec"]["containers"][0].get("resources") or {}
-                named = [one for one in resources.get("limits") or {} if "/" in one and not one.endswith("gpu")]
-                return named[0] if named else ""
-        return ""
+        return rdma_resource(self._deployments)
 
     def checks(self) -> list[Check]:
-        """Look at Services, rights and levels of security."""
+        """Look at Services, rights, levels of security and RDMA devices."""
         return self._run(look(self.cluster, self.name, self._deployments))
 
     def _chosen(self, member: str | None) -> list[Pod]:

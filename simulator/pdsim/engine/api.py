@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pdsim.engine.answers import DONE, VERSION, Answer, ChatAnswer, Choice, CompletionAnswer, Head, usage
+from pdsim.engine.answers import DONE, Answer, ChatAnswer, Choice, CompletionAnswer, Head, usage
 from pdsim.engine.engine import Engine
 from pdsim.engine.faults import Fault, FaultKind
 from pdsim.engine.protocol import (
@@ -107,7 +107,7 @@ class Api:
         self.limits = Limits(settings.model, settings.max_model_len, engine.tokenizer.vocabulary)
         self.created = int(time.time())
         self.started = time.monotonic()
-        self.fingerprint = f"vllm-{VERSION}-{uuid.uuid5(uuid.NAMESPACE_DNS, settings.model).hex[:8]}"
+        self.fingerprint = f"vllm-{settings.version}-{uuid.uuid5(uuid.NAMESPACE_DNS, settings.model).hex[:8]}"
         self.load = 0
         self.refuse: Callable[[float], None] = lambda seconds: None
         self.requests = Requests(settings.keep_requests)
@@ -386,7 +386,7 @@ class Api:
 
     async def version(self, _: Request) -> Response:
         """GET /version."""
-        return Json({"version": VERSION}, headers=ORIGIN)
+        return Json({"version": self.engine.settings.version}, headers=ORIGIN)
 
     async def server_load(self, _: Request) -> Response:
         """GET /load."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import uvicorn
 import uvloop
 
+from pdsim.engine.answers import VERSION
 from pdsim.engine.api import Api
 from pdsim.engine.engine import Engine, EngineSettings
 from pdsim.engine.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "--shutdown-timeout", type=float, default=1.0, metavar="S",
         help="seconds for requests under way after SIGTERM (1)",
     )  # fmt: skip
+    made.add_argument("--vllm-version", default=VERSION, help=f"version of vLLM that it tells ({VERSION})")
     made.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return made
 
@@ -183,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         speed=options.speed,
         seed=options.seed,
         keep_requests=options.keep_requests,
+        version=options.vllm_version,
     )
     listening = []
     local = [("127.0.0.1", options.localhost_port)] if options.localhost_port else []

@@ -7,6 +7,7 @@ was to end, so that a late timer does not add up; `clock` tells how late the mac
 import asyncio
 import random
 import secrets
+import sys
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from statistics import quantiles
 from typing import Any
 
+from pdsim.engine.answers import VERSION
 from pdsim.engine.detokenizer import Detokenizer
 from pdsim.engine.kv import Block, BlockPool, Context, mix
 from pdsim.engine.language import Language, Scored
@@ -54,6 +56,7 @@ class EngineSettings:
     speed: float = 1.0
     seed: int | None = None
     keep_requests: int = 0
+    version: str = VERSION
 
 
 @dataclass(slots=True)
@@ -549,12 +552,12 @@ class Engine:
             self.die()
             return
         except BrokenEdgeError:  # as below, but nothing that the router did: no violation
-            self.metrics.failed_transfers += 1
+            self._failed(sequence, params, "this engine does not reach that side channel")
             await asyncio.sleep(UNREACHABLE_SECONDS / self.settings.speed)
         except RemoteUnreachableError as error:
             fields = {key: params[key] for key in TICKET_KEYS}
             self.violations.add(Rule.TICKET_UNREACHABLE, sequence.request_id, reason=str(error), **fields)
-            self.metrics.failed_transfers += 1
+            self._failed(sequence, params, str(error))
             await asyncio.sleep(0 if error.at_once else UNREACHABLE_SECONDS / self.settings.speed)
         finally:
             self._in_flight_transfers -= 1
@@ -562,6 +565,15 @@ class Engine:
         if loaded:
             await self._noticed()
         self._fetched(sequence, blocks, loaded)
+
+    def _failed(self, sequence: Sequence, params: dict[str, Any], why: str) -> None:
+        """Count a failed transfer and log it, as vLLM's NIXL connector does."""
+        self.metrics.failed_transfers += 1
+        where = f"{params['remote_host']}:{params['remote_port']}"
+        print(
+            f"ERROR NIXL transfer failure: handshake_failed | request {sequence.request_id}, remote {where}: {why}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
     async def _noticed(self) -> None:
         """Wait until the scheduler looks for ended transfers; all that ended since its last look are seen together."""
