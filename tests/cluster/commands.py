@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import yaml
 
-from .control_plane import BIN, ControlPlane
+from .control_plane import BIN, Cluster
 
 TOKEN = "hf_thisIsTheTokenOfTheTests0123456789"
 VALUES: dict[str, Any] = {
@@ -116,7 +116,7 @@ class Pdctl:
         namespace: given to every command.
     """
 
-    def __init__(self, plane: ControlPlane, folder: pathlib.Path, namespace: str) -> None:
+    def __init__(self, plane: Cluster, folder: pathlib.Path, namespace: str) -> None:
         self.plane = plane
         self.folder = folder
         self.namespace = namespace

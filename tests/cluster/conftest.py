@@ -23,6 +23,8 @@ def cluster() -> Iterator[ControlPlane]:
         pools = BIN.parent / "schemas/inferencepools.yaml"  # as its module publishes it
         applied = plane.run("kubectl", "apply", "--server-side", "-f", str(pools))
         assert applied.returncode == 0, applied.stderr
+        listed = "/apis/inference.networking.k8s.io/v1/inferencepools"
+        plane.until(lambda: plane.api.get(listed).is_success, "the API knows InferencePool")
         yield plane
 
 

@@ -17,16 +17,21 @@ ENGINES_OF, ROUTER_OF = "ms-tiny", "router"
 
 
 class Served:
-    """Engines and a router in a namespace, seen as a client and as an operator see them."""
+    """Engines and a router in a namespace, seen as a client and as an operator see them.
 
-    def __init__(self, releases: Releases) -> None:
+    Args:
+        engines, router: names of the releases.
+    """
+
+    def __init__(self, releases: Releases, engines: str = ENGINES_OF, router: str = ROUTER_OF) -> None:
         self.releases = releases
+        self.engines, self.router = engines, router
         self.plain = engine("both", "--speed", "50")
 
     @property
     def url(self) -> str:
         """Address of the router for clients: its one pod's, since there are no Services on fake nodes."""
-        return f"http://{next(iter(self.releases.addresses(ROUTER_OF)))}:10001"
+        return f"http://{next(iter(self.releases.addresses(self.router)))}:10001"
 
     def knows(self, router: str) -> set[str]:
         """Give the addresses of the engines that a router's pod knows and finds well, by its admin port."""
@@ -38,8 +43,8 @@ class Served:
         self.releases.cluster.until(lambda: self._same([prefill, decode]), f"{prefill}+{decode} engines are known")
 
     def _same(self, counts: list[int]) -> bool:
-        there = [self.releases.addresses(ENGINES_OF, role) for role in ("prefill", "decode")]
-        routers = self.releases.addresses(ROUTER_OF)
+        there = [self.releases.addresses(self.engines, role) for role in ("prefill", "decode")]
+        routers = self.releases.addresses(self.router)
         return [len(one) for one in there] == counts and all(
             self.knows(router) == there[0] | there[1] for router in routers
         )

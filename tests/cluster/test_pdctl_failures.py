@@ -280,10 +280,9 @@ def test_ctrl_c_says_at_every_stage_what_still_runs(pdctl: Pdctl) -> None:
 def test_ctrl_c_in_changes_and_cleanup_says_what_goes_on_and_a_second_run_ends_it(pdctl: Pdctl) -> None:
     leaving = {"engines": {"shutdown": {"leaveSeconds": 5, "drainSeconds": 10}}}
     pdctl.deploy(values=pdctl.values(**leaving)).says(0, "ready ")
-    slow = r"engines.decode.podAnnotations.fault\.pdctl\.test/start-seconds=8"
     for verb, arguments, sign in (
         ("scale", ["decode=2"], "decode 1/2"),
-        ("rollout", ["--set", slow], "stopping"),
+        ("rollout", ["--set", "engines.args={--max-num-seqs=512}"], "stopping"),
     ):
         changing = pdctl.start(verb, *arguments)
         changing.until(sign)

@@ -15,7 +15,7 @@ import pytest
 from support.requests import CHAT
 
 from .commands import TOKEN, Pdctl
-from .control_plane import ControlPlane
+from .control_plane import Cluster, ControlPlane
 
 # Kept by the system itself: signs of life, history of what happened, and what Services are turned into.
 PASSING = {"events", "leases", "endpoints", "componentstatuses"}
@@ -29,7 +29,7 @@ def pdctl(cluster: ControlPlane, tmp_path: pathlib.Path) -> Iterator[Pdctl]:
     cluster.api.delete(f"/api/v1/namespaces/{made.namespace}")
 
 
-def everything(plane: ControlPlane, mine: str) -> set[str]:
+def everything(plane: Cluster, mine: str) -> set[str]:
     """Give each object that the API can list, as `kind namespace/name`, but for those of other tests' namespaces."""
     roots = ["/api/v1"]
     roots += [f"/apis/{one['preferredVersion']['groupVersion']}" for one in plane.api.get("/apis").json()["groups"]]
