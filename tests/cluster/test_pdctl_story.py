@@ -85,6 +85,7 @@ def test_the_whole_life_of_a_deployment_costs_no_request_and_leaves_nothing(pdct
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "return value " * 300}], "max_tokens": 8}
     answer = httpx.post(url.removesuffix("/v1") + CHAT, json=chat, timeout=60, trust_env=False)
     assert answer.status_code == 200, answer.text
+    pdctl.run("routing", "--recent", "5").says(0, "last requests", "200 prefill-", "decode-")
     routing = pdctl.told("routing")
     assert [pair["prompts"] for pair in routing["pairs"]] == [1]
     [moved] = routing["transfers"]
@@ -109,6 +110,7 @@ def test_the_whole_life_of_a_deployment_costs_no_request_and_leaves_nothing(pdct
     pdctl.run("router", "switch", "vllm-router").says(
         0, "clients reach vllm-router", "pd-router, consistent_hash before"
     )
+    pdctl.deploy().says(3, "vllm-router serves clients of", "pdctl router switch ours")
     told = pdctl.told("status")["parts"]
     assert engines == {part["name"] for part in told if part["role"] != "router"}, "no engine was touched"
     load.interrupt()

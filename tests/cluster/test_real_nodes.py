@@ -96,7 +96,13 @@ def pdctl(real: RealCluster, before: set[str], tmp_path_factory: pytest.TempPath
     roles = {role: {"resources": SMALL, "maxUnavailable": 2} for role in PORTS}
     values = made.values(
         engines={"image": images["simulator"], **roles},
-        router={**VALUES["router"], "image": images["router"], "replicas": 2, "resources": SMALL},
+        router={
+            "image": images["router"],
+            "replicas": 2,
+            "resources": SMALL,
+            # Until kube-proxy has heard of it, on a busy machine.
+            "shutdown": VALUES["router"]["shutdown"] | {"leaveSeconds": 3},
+        },
     )
     deployed = made.deploy(prefill=4, decode=4, values=values)
     deployed.says(0, f"ready http://{ROUTER}", "prefill 4/4 decode 4/4 router 2/2")

@@ -18,8 +18,9 @@ from pdctl.cluster.api import ApiError, Cluster, Unreachable
 from pdctl.cluster.helm import Helm, Release, State
 from pdctl.cluster.identity import check_cluster
 from pdctl.cluster.lock import locked
-from pdctl.cluster.observe import Observer
+from pdctl.cluster.observe import Observer, serving
 from pdctl.cluster.preflight import Scene, preflight
+from pdctl.cluster.releases import ROUTER
 from pdctl.cluster.wanted import Wanted, kinds_text, wanted
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.podstate import Finding, Snapshot, Verdict, Watched, diagnose
@@ -101,6 +102,11 @@ async def plan(
     """
     helm = Helm(helm.program, helm.version, cluster.context, namespace, helm.calls)
     identity = await check_cluster(cluster, namespace, named=named, verb="deploy")
+    if (other := await serving(cluster, namespace)) != ROUTER:
+        raise PdctlError(
+            f"{other} serves clients of {namespace} in place of our router, which deploying would bring back unready",
+            f"run pdctl router switch ours --namespace {namespace} first; nothing was changed", ExitCode.PREFLIGHT,
+        )  # fmt: skip
     objects, space = await asyncio.gather(
         render(cluster, helm, releases), cluster.find(f"{paths.NAMESPACES}/{namespace}")
     )

@@ -6,6 +6,7 @@ and then stops. Values go by file, and the environment has no HF_TOKEN.
 
 import asyncio
 import contextlib
+import difflib
 import os
 import re
 import shutil
@@ -205,6 +206,7 @@ def _failure(arguments: Sequence[str], said: str) -> HelmError:
     told = told.removeprefix("Error:").strip()
     if "these values cannot be used" in said or "values don't meet the specifications" in said:
         wrong = [re.sub(r"\s+", " ", line) for line in lines if line.startswith("- ") or "additional propert" in line]
+        wrong = [line + _meant(line, Path(arguments[2])) for line in wrong]
         return HelmError(
             f"the values of {name} cannot be used", "correct them in --set or in the file given by -f", ExitCode.USAGE,
             wrong or [told],
@@ -218,6 +220,18 @@ def _failure(arguments: Sequence[str], said: str) -> HelmError:
     else:
         step = "deploy again: it goes on where this run stopped"
     return HelmError(f"helm {verb} {name} failed: {told}", step)
+
+
+def _meant(line: str, chart: Path) -> str:
+    """Name the key of a chart's values that is nearest to one that it does not know; empty when none is near."""
+    found = re.search(r"(?:at '([^']*)': )?additional propert\w+ (.*) not allowed", line)
+    if found is None or not (chart / "values.yaml").is_file():
+        return ""
+    known = yaml.load((chart / "values.yaml").read_text(), yaml.CSafeLoader)
+    for part in (found[1] or "").strip("/").split("/"):
+        known = known.get(part, {}) if part and isinstance(known, dict) else known
+    near = [match for name in re.findall(r"'([^']+)'", found[2]) for match in difflib.get_close_matches(name, known, 1)]
+    return f" (meant: {', '.join(near)}?)" if near else ""
 
 
 async def find_helm() -> Helm:

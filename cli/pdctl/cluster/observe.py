@@ -1,6 +1,7 @@
 """Looks at a deployment in the cluster again and again; what it sees is judged by `podstate`."""
 
 import asyncio
+import contextlib
 import re
 import time
 from dataclasses import dataclass, field
@@ -8,11 +9,13 @@ from typing import Any
 
 from pdctl.cluster import paths
 from pdctl.cluster.api import ApiError, Cluster
+from pdctl.cluster.releases import ROUTER
 from pdctl.podstate.state import Phase, Pod, Snapshot, read_snapshot
 
 PART = "app.kubernetes.io/part-of=pdctl"
 COMPONENT = "app.kubernetes.io/component"
 BESIDE = ("test", "eval")  # no parts of a deployment: they stand beside it for a while
+_OUR_ROUTER = "app.kubernetes.io/name=pd-router"
 TAIL_LINES = 30
 LOG_EVERY = 3.0  # seconds between two looks at the last log line of a pod that is not ready
 AT_ONCE = 8
@@ -104,6 +107,15 @@ class Observer:
             return (await self.cluster.log(self.namespace, pod.name, **query)).splitlines()
         except ApiError:
             return []
+
+
+async def serving(cluster: Cluster, namespace: str) -> str:
+    """Give the release whose router clients reach: that which the selector of our router's Service names."""
+    with contextlib.suppress(ApiError):  # no right to see Services: then nobody is told that another one serves
+        for service in await cluster.list(paths.namespaced("services", namespace), f"{PART},{_OUR_ROUTER}"):
+            release: str = service["spec"]["selector"]["app.kubernetes.io/instance"]
+            return release
+    return ROUTER
 
 
 def _runs_init(pod: Pod) -> bool:

@@ -20,7 +20,7 @@ HUB_SECONDS = 5.0
 # What Helm makes and pdctl watches: resource, and verbs.
 _RIGHTS = (
     ("deployments", ("create", "patch", "delete", "list")),
-    ("services", ("create", "patch", "delete")),
+    ("services", ("create", "patch", "delete", "list")),
     ("configmaps", ("create", "patch", "delete")),
     ("serviceaccounts", ("create", "patch", "delete")),
     ("secrets", ("create", "patch", "list", "delete")),

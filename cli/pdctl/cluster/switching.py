@@ -13,14 +13,13 @@ from pdctl.cluster.changing import settled
 from pdctl.cluster.deploying import OUTAGE_SECONDS, summary
 from pdctl.cluster.helm import Helm
 from pdctl.cluster.lock import locked
-from pdctl.cluster.observe import PART, Observer
+from pdctl.cluster.observe import Observer, serving
 from pdctl.cluster.releases import ENGINES, OTHERS, ROUTER, changed, standing_in
 from pdctl.cluster.screen import counts
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.podstate import Finding, Phase, Snapshot, Verdict
 from pdctl.routers.choice import Choice
 
-OURS = "app.kubernetes.io/name=pd-router"
 POLICY = "pdctl/policy"  # annotation of another router's Deployment
 POOLS = "/apis/inference.networking.k8s.io/v1"
 _POOLS_FROM = (
@@ -46,14 +45,6 @@ class _Told:
         if not seconds:
             return
         self.say(f"the Kubernetes API has not answered for {seconds:.0f} s; going on when it does")
-
-
-async def serving(cluster: Cluster, namespace: str) -> str:
-    """Give the release whose router clients reach."""
-    for service in await cluster.list(paths.namespaced("services", namespace), f"{PART},{OURS}"):
-        release: str = service["spec"]["selector"]["app.kubernetes.io/instance"]
-        return release
-    return ROUTER
 
 
 async def standing(cluster: Cluster, namespace: str, ours: str) -> Choice:

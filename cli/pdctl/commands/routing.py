@@ -1,5 +1,6 @@
 """`pdctl routing`: who served whom, is KV really moving, was the protocol kept."""
 
+import re
 from typing import Annotated
 
 import typer
@@ -8,9 +9,11 @@ from rich.table import Table
 from pdctl.commands.options import Context, Format, Json, Name, Namespace, Output
 from pdctl.console import bytes_text, err, out, print_data
 from pdctl.errors import ExitCode
-from pdctl.targets import Routing, Target, find
+from pdctl.targets import LogQuery, Routing, Target, find
 
 SHOWN_VIOLATIONS = 10
+LINES_A_REQUEST = 3  # of a router's log: other lines come between those of requests
+_FIELD = re.compile(r"(\w+)=(\S+)")
 
 
 def routing(
@@ -20,12 +23,22 @@ def routing(
     edges: Annotated[
         bool, typer.Option("--edges", help="Show each way between two engines, and whether it is closed.")
     ] = False,
+    recent: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Show the last N requests of each router instead: who served them.")
+    ] = 0,
     output: Output = Format.TABLE,
     json: Json = False,
 ) -> None:
     """Show prompts and KV bytes by pair, and breaches of the handoff protocol. Exit status 1 when there are any."""
     target = find(name, namespace, context)
     try:
+        if recent:
+            served = _recent(target, recent)
+            if json or output is not Format.TABLE:
+                print_data({"name": target.name, "requests": served}, "json" if json else output.value)
+            else:
+                _show_recent(target, served)
+            return
         told = target.routing()
         if json or output is not Format.TABLE:
             print_data(_data(target, told), "json" if json else output.value)
@@ -37,6 +50,33 @@ def routing(
         target.close()
     if told.violations or told.silent:
         raise typer.Exit(ExitCode.FAILURE)
+
+
+def _recent(target: Target, count: int) -> list[dict[str, str]]:
+    """Read each router's last requests from its log: what the line of a request says, engines by their names."""
+    target.health()
+    names = {url: name for name, url in target.urls().items()}
+    found = []
+    for member, line in target.logs(LogQuery("router", tail=count * LINES_A_REQUEST)):
+        fields = dict(_FIELD.findall(line))
+        if "request_id" in fields and "decode" in fields:
+            for end in ("prefill", "decode"):
+                fields[end] = names.get(fields.get(end, ""), fields.get(end, ""))
+            found.append({"router": member, **fields})
+    return found[-count:]
+
+
+def _show_recent(target: Target, served: list[dict[str, str]]) -> None:
+    out.print(f"[bold]{target.name}[/]  last requests, the newest below{_label(target)}")
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    columns = ("request_id", "status", "prefill", "decode", "prefill_ms", "decode_ttft_ms", "total_ms", "reason")
+    for column in columns:
+        table.add_column(column, justify="right" if column.endswith("_ms") else "left")
+    for fields in served:
+        table.add_row(*(fields.get(column, "") for column in columns))
+    out.print(table)
+    if not served:
+        out.print("No request is in the routers' last lines.")
 
 
 def _data(target: Target, told: Routing) -> dict[str, object]:

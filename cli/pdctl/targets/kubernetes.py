@@ -22,10 +22,10 @@ from pdctl.cluster.forward import Forward
 from pdctl.cluster.helm import Helm, find_helm
 from pdctl.cluster.identity import check_cluster
 from pdctl.cluster.logs import read, stream
-from pdctl.cluster.observe import PART, Observer
+from pdctl.cluster.observe import PART, Observer, serving
 from pdctl.cluster.releases import ENGINES
 from pdctl.cluster.screen import finding_lines, short
-from pdctl.cluster.switching import serving, standing, switch
+from pdctl.cluster.switching import standing, switch
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.podstate import Finding, Phase, Pod, Snapshot, diagnose
 from pdctl.routers.choice import Choice
@@ -261,9 +261,8 @@ class KubernetesTarget:
         return int(self._settings["port"]), int(self._settings["prometheus_port"])
 
     def ready_pod(self, role: str) -> Any | None:
-        """Give a ready pod of a role, None when there is none."""
-        release = self._run(serving(self.cluster, self.name)) if role == "router" else ENGINES
-        return self._run(ready_pod(self.cluster, self.name, role, release))
+        """Give a ready pod of engines of a role, None when there is none."""
+        return self._run(ready_pod(self.cluster, self.name, role, ENGINES))
 
     def execute(self, pod: str, container: str, command: Sequence[str]) -> str:
         """Run a short command in a container and give what it printed.
