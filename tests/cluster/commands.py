@@ -145,7 +145,7 @@ class Pdctl:
     def start(self, verb: str, *arguments: str, **environment: str) -> Running:
         """Start a command."""
         where = [] if "--namespace" in arguments else ["--namespace", self.namespace]
-        command = [sys.executable, "-m", "pdctl", verb, *where, *arguments]
+        command = [sys.executable, "-m", "pdctl", verb, *arguments, *where]
         return Running(command, self.environment | environment, self.folder)
 
     def run(self, verb: str, *arguments: str, seconds: float = 180, **environment: str) -> Ended:

@@ -293,7 +293,7 @@ def test_ctrl_c_in_changes_and_cleanup_says_what_goes_on_and_a_second_run_ends_i
     cleaning.until("pods still stop")
     cleaning.interrupt()
     cleaning.end().says(130, "interrupted; what was told to go still goes in the cluster", "pdctl cleanup")
-    pdctl.run("cleanup", "-y").says(0, "gone: ")
+    pdctl.run("cleanup", "-y").says(0)  # there may be nothing left to do: it waits for whatever still goes
     pods = f"/api/v1/namespaces/{pdctl.namespace}/pods"
     assert not pdctl.plane.items(pods)
 
