@@ -3,14 +3,16 @@
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from pdctl.routers.programs import envoy
 from pdrouter.settings import schema
 
-from .conftest import ROOT
+from .conftest import ROOT, Objects
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
 CHARTS = ("pd-engines", "pd-router", "llm-d-router", "vllm-router")
@@ -167,3 +169,14 @@ def test_helmfile_lets_llm_d_stand_in_for_our_router_where_that_is_said(call: Ca
     for role in ("prefill", "decode"):
         name = ("Deployment", f"ms-llama31-llm-d-modelservice-{role}")
         assert ours[name] == objects[name], "no engine is touched"
+
+
+@pytest.mark.timeout(600)  # Envoy is installed for it
+def test_envoy_takes_the_configuration_that_llm_ds_chart_writes(render: Callable[..., Objects], tmp_path: Path) -> None:
+    [written] = [one for one in render("llm-d-router", "--set", "engines.release=a") if one["kind"] == "ConfigMap"]
+    file = tmp_path / "envoy.yaml"
+    file.write_text(written["data"]["envoy.yaml"])
+    checked = subprocess.run(
+        [envoy(print), "--mode", "validate", "-c", file], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stderr

@@ -66,10 +66,9 @@ def run(start: Start, output: int) -> None:
         sys.argv = [program, *arguments, *(f"{flag}={start.address}" for flag in LISTENING[program])]
         app.main()
     elif program == "vllm-router":
-        from pdctl.compare.contender import Contender
+        from pdctl.routers.programs import vllm_router
 
-        there = Contender("vllm-router", "consistent_hash").binary(print)
-        os.execv(there, [program, *(part.replace("0.0.0.0", start.address) for part in arguments)])
+        os.execv(vllm_router(print), [program, *(part.replace("0.0.0.0", start.address) for part in arguments)])
     elif program == "python3" or program in INTERPRETERS.values():
         python = sys.executable if program == "python3" else program
         os.execv(python, [python, *arguments])

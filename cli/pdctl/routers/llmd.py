@@ -14,7 +14,7 @@ from pdctl.routers import envoy
 from pdctl.routers.programs import Programs, Say
 from pdctl.routers.programs import envoy as envoy_program
 
-PRESETS = "charts/pd-llm-d/presets"
+PRESETS = "charts/llm-d-router/presets"
 _DISCOVERY = "engines-of-this-machine"
 _FIRST_PORT = 18000
 
