@@ -17,6 +17,7 @@ GROUPS = {
     "tests/cli/test_local": "local deployments",
     "tests/cli/test_compare": "local deployments",
     "tests/cli/test_sweep": "local deployments",
+    "tests/cli/test_router_switch": "local deployments",
     # Of all others each file is a group.
     "": "",
     # What they measure is only judged where engines run in real time, so where little else runs.
