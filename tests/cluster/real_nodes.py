@@ -389,7 +389,7 @@ def real_cluster() -> Iterator[RealCluster]:
         names = images(folder)
         process = _started(folder, slot)
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while not (folder / READY).exists():
                 _check(process, folder)
                 if time.monotonic() > deadline:
@@ -413,7 +413,7 @@ def _started(folder: pathlib.Path, slot: int) -> subprocess.Popen[bytes]:
             env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not (children := psutil.Process(process.pid).children()):
             if time.monotonic() > deadline:
                 raise ClusterError(f"unshare: {(folder / 'cluster.log').read_text()}")

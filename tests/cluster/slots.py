@@ -106,7 +106,7 @@ def remove_left_overs(slot: int) -> None:
     """
     for command in (f"link del {outer_link(slot)}", f"route del local {fake_pods(slot)} dev lo table local"):
         subprocess.run(["ip", *command.split()], capture_output=True, check=False)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while left := list(GROUPS.glob(f"*/pdctl-{slot}-gpu-*")):
         for group in left:
             for inner, _, _ in os.walk(group, topdown=False):

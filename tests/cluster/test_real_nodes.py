@@ -66,7 +66,7 @@ def real() -> Iterator[RealCluster]:
             yield cluster
     except ClusterError as error:
         pytest.fail(str(error), pytrace=False)
-    until(lambda: left_over(cluster.folder, cluster.slot) == [], 10, "no mount, link, control group or process is left")
+    until(lambda: left_over(cluster.folder, cluster.slot) == [], 60, "no mount, link, control group or process is left")
 
 
 @pytest.fixture(scope="module")
