@@ -80,7 +80,7 @@ class Process:
     def __enter__(self) -> Self:
         """Start it and wait until it answers."""
         self.start()
-        until(self.ready, 30, f"{self.url} answers")
+        until(self.ready, 60, f"{self.url} answers")
         return self
 
     def __exit__(
