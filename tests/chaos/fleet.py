@@ -126,6 +126,18 @@ def _take(told: Outcome, choice: dict[str, Any]) -> None:
 
 
 @dataclass
+class Difference:
+    """An answer that is not as a plain engine gives it."""
+
+    got: Outcome
+    want: Outcome
+
+    def __str__(self) -> str:
+        got, want = self.got, self.want
+        return f"{got.request}\n  got  {got.told()} ids {got.ids}\n  want {want.told()}"
+
+
+@dataclass
 class Fleet:
     """Engines, a plain one to compare with, and the router."""
 
@@ -207,20 +219,20 @@ class Fleet:
                 over.set()
             await asyncio.gather(*work)
 
-    async def compare(self) -> list[str]:
-        """Ask the plain engine everything and give what differs."""
+    async def compare(self) -> list[Difference]:
+        """Ask the plain engine everything and give what differs, in the order of asking."""
         limits = httpx.Limits(max_connections=16, max_keepalive_connections=0)  # engines close idle ones at any time
         async with httpx.AsyncClient(timeout=300, limits=limits) as client:
             gate = asyncio.Semaphore(16)
 
-            async def one(outcome: Outcome) -> str | None:
+            async def one(outcome: Outcome) -> Difference | None:
                 async with gate:
                     right = await ask(client, self.plain.url, outcome.request)
                 if outcome.told() == right.told() and len(outcome.ids) <= 1:
                     return None
-                return f"{outcome.request}\n  got  {outcome.told()} ids {outcome.ids}\n  want {right.told()}"
+                return Difference(outcome, right)
 
-            told = await asyncio.gather(*map(one, self.outcomes))
+            told = await asyncio.gather(*map(one, sorted(self.outcomes, key=lambda one: one.began)))
         return [one for one in told if one is not None]
 
     def told(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
-from chaos.fleet import Fleet
+from chaos.fleet import Difference, Fleet
 from support.processes import Process
 
 PAUSE = 1.2  # seconds between the end of a fault and the next one: engines get well, and requests meet a whole fleet
@@ -25,7 +25,7 @@ class Schedule:
     fleet: Fleet
     draw: random.Random
     done: Counter[str] = field(default_factory=Counter)
-    windows: list[tuple[str, float, float]] = field(default_factory=list)
+    windows: list[tuple[str, float, float, str]] = field(default_factory=list)
 
     async def run(self, seconds: float) -> None:
         """Do faults for some time."""
@@ -46,14 +46,14 @@ class Schedule:
             began = time.monotonic()
             await faults[name](engine)
             self.done[name] += 1
-            self.windows.append((name, began, time.monotonic()))
+            self.windows.append((name, began, time.monotonic(), engine.url))
             await asyncio.sleep(PAUSE)
         await self._well()
 
     def stood(self, at: float) -> bool:
         """Whether an engine stood still at a time (seconds since the epoch) or had just gone on."""
         then = at - time.time() + time.monotonic()
-        return any(name in ("SIGSTOP", "hang") and began < then < end + 1 for name, began, end in self.windows)
+        return any(name in ("SIGSTOP", "hang") and began < then < end + 1 for name, began, end, _ in self.windows)
 
     def told(self) -> str:
         """Tell for each fault how long the requests of its time were without a byte."""
@@ -64,12 +64,26 @@ class Schedule:
             silent = sorted(
                 one.silence
                 for one in self.fleet.outcomes
-                if any(fault == name and one.began < end and one.ended > began for fault, began, end in self.windows)
+                if any(fault == name and one.began < end and one.ended > began for fault, began, end, _ in self.windows)
             )
             if silent:
                 p50, p99, most = silent[len(silent) // 2], silent[len(silent) * 99 // 100], silent[-1]
                 lines.append(f"{name:16} {count:5} {len(silent):8} {p50:12.2f} {p99:6.2f} {most:6.2f}")
         return "\n".join(lines)
+
+    def around(self, different: list[Difference], breaches: list[Any]) -> str:
+        """Tell what stood wrong next to the faults of its time; times are seconds since the first fault."""
+        start = self.windows[0][1]
+        lines = [
+            (began, f"{began - start:7.2f} to {end - start:7.2f} fault: {told}") for told, began, end in self.windows
+        ]
+        for one in different:
+            at = one.got.began
+            lines.append((at, f"{at - start:7.2f} to {one.got.ended - start:7.2f} differs: {one.got.ids}"))
+        for breach in breaches:
+            at = breach["at"] - time.time() + time.monotonic()
+            lines.append((at, f"{at - start:7.2f} breach: {breach}"))
+        return "\n".join(line[:300] for _, line in sorted(lines))
 
     async def _well(self) -> None:
         """Wait until the router finds every engine well again."""

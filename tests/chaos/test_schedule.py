@@ -4,7 +4,7 @@ import asyncio
 import os
 import random
 
-from chaos.fleet import fleet
+from chaos.fleet import Difference, fleet
 from chaos.schedule import Schedule
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
@@ -20,7 +20,7 @@ def test_a_schedule_of_faults_costs_no_request_and_changes_no_text() -> None:
     with fleet(2, 4, 2, *flags, lease=6) as bed:
         schedule = Schedule(bed, random.Random(SEED))
 
-        async def main() -> list[str]:
+        async def main() -> list[Difference]:
             await bed.under_load(schedule.run(SECONDS), clients=12, seed=SEED, tokens=(4, 40, 150))
             return await bed.compare()
 
@@ -28,7 +28,10 @@ def test_a_schedule_of_faults_costs_no_request_and_changes_no_text() -> None:
         print(f"\nseed {SEED}")
         print(schedule.told())
         bed.told()
-        assert not different, f"{len(different)} of {len(bed.outcomes)}; the first: {different[0]}"
+        breaches = bed.violations()
+        if different or breaches:
+            print(schedule.around(different, breaches))
+        assert not different, f"{len(different)} of {len(bed.outcomes)} differ; the first: {different[0]}"
         bed.quiet()
         assert [
             one
