@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -121,6 +122,11 @@ async def fleet(prefills: int = 2, decodes: int = 2, **told: Any) -> AsyncIterat
         for one in bed.decodes:
             one.behave = generate()
         yield bed
+
+
+def stand_still(seconds: float) -> None:
+    """Let nothing run in this process, the router's too: what came for it stays unread."""
+    time.sleep(seconds)
 
 
 def seen_by(engines: list[FakeEngine]) -> list[Seen]:
@@ -393,7 +399,27 @@ def test_a_stream_whose_engine_dies_goes_on_as_if_nothing_had_happened(
     run(main)
 
 
-@pytest.mark.parametrize("events", [-1, -2], ids=["before [DONE]", "before usage"])
+def test_a_ticket_that_waited_for_the_router_to_run_again_counts_from_before() -> None:
+    async def main() -> None:
+        async with fleet(1, 1, kv_lease_seconds=0.8) as bed:
+            give, slept = issue(), list[float]()
+
+            async def prefill(seen: Seen, out: Out) -> None:
+                await give(seen, out)
+                if not slept:
+                    slept.append(0.9)
+                    stand_still(slept[0])
+
+            bed.prefill.behave = prefill
+            told = await bed.post(COMPLETIONS, {"model": "tiny", "prompt": "x", "max_tokens": 6})
+            assert told.status == 200
+            assert len(bed.prefill.seen) == 2, "the first ticket was too old"
+            assert len(bed.decode.seen) == 1
+
+    run(main)
+
+
+@pytest.mark.parametrize("events", [1000, -1, -2], ids=["after [DONE]", "before [DONE]", "before usage"])
 def test_a_stream_that_had_its_end_is_ended_by_the_router_itself(events: int) -> None:
     async def main() -> None:
         async with fleet(1, 2) as bed:

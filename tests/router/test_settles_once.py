@@ -23,6 +23,7 @@ from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
 from pdrouter.openai.features import Prompt
 from pdrouter.policies import POLICIES, RoutingKey
+from pdrouter.upstream.arrivals import Arrivals
 from pdrouter.upstream.errors import ClosedError, ConnectError, StalledError, TooLateError, UpstreamError
 from router.fakes import TICKET
 
@@ -104,6 +105,7 @@ class Pool:
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
+        self.arrivals = Arrivals(loop)  # type: ignore[arg-type]
         self.open: list[Call] = []
 
     def call(

@@ -174,7 +174,7 @@ class Canary:
         desk = self._desk
         answer = await self._ask(prefill, prefill_leg(body))
         try:
-            ticket = read_ticket(answer, prefill, decode, body.get("model"), desk.loop.time(), desk.lease)
+            ticket = read_ticket(answer, prefill, decode, body.get("model"), desk.pool.arrivals.earliest(), desk.lease)
         except TicketError as error:
             raise CanaryError(f"{prefill.url} gave no usable ticket: {error}") from None
         desk.issued(ticket, 0)

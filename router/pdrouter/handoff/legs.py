@@ -117,13 +117,17 @@ class Greeting:
 
 
 class PrefillLeg:
-    """Collects the prefill engine's answer; `handoff` hears of it, and may be another one at the end than at first."""
+    """Collects the prefill engine's answer; `handoff` hears of it, and may be another one at the end than at first.
 
-    __slots__ = ("_chunks", "_headers", "_size", "_status", "engine", "handoff")
+    `asked` is the loop time at which the engine was asked.
+    """
 
-    def __init__(self, handoff: Handoff, engine: Engine) -> None:
+    __slots__ = ("_chunks", "_headers", "_size", "_status", "asked", "engine", "handoff")
+
+    def __init__(self, handoff: Handoff, engine: Engine, asked: float) -> None:
         self.engine = engine
         self.handoff = handoff
+        self.asked = asked
         self._status = 0
         self._headers: Headers = []
         self._chunks: list[bytes] = []

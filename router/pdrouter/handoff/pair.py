@@ -228,7 +228,7 @@ class Pair(Handoff):
         if self._record.prefill_sent_at is None:
             self._record.prefill_sent_at = self._began
         self._reserve(decode)
-        leg = self._leg = PrefillLeg(self, prefill)
+        leg = self._leg = PrefillLeg(self, prefill, desk.loop.time())
         self._call = self._prefill_call(leg, self._way)
         if desk.hedging is not None:
             desk.hedging.start(self)
@@ -253,7 +253,7 @@ class Pair(Handoff):
             return
         desk.hedged += 1
         self._record.retries += 1
-        leg, way = PrefillLeg(self, other), self._way.twin()
+        leg, way = PrefillLeg(self, other, desk.loop.time()), self._way.twin()
         self._hedge = Asking(leg, self._prefill_call(leg, way), way)
         self._only = False
 
@@ -318,6 +318,8 @@ class Pair(Handoff):
         now = perf_counter()
         if self._hedge is not None:
             self._turn_to(engine)
+        leg = self._leg
+        assert leg is not None
         self._call = None
         self._leg = None  # it refers back to this: no work for the garbage collector, which would hold up all requests
         self._way.ended(status)
@@ -336,7 +338,8 @@ class Pair(Handoff):
             return
         assert self._decode is not None
         try:
-            ticket = read_ticket(body, engine, self._decode, self._body.get("model"), desk.loop.time(), desk.lease)
+            came = max(desk.pool.arrivals.earliest(), leg.asked)
+            ticket = read_ticket(body, engine, self._decode, self._body.get("model"), came, desk.lease)
         except TicketError as error:
             desk.fleet.failed(engine, "ticket")
             message = f"The prefill engine {engine.url} gave no usable ticket: {error}."

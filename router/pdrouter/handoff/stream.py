@@ -190,6 +190,8 @@ class Stream:
         Raises:
             CannotGoOnError: it would not be exact.
         """
+        if self.complete:  # only the connection broke off
+            return b""
         if self._prompt is None:
             raise CannotGoOnError("the engine does not tell token ids")
         try:

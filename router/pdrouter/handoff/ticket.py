@@ -114,7 +114,7 @@ def _parsed(raw: bytes) -> tuple[bytes, Any, Any]:
     return orjson.dumps(params), params, answer.get("model")
 
 
-def read_ticket(raw: bytes, prefill: Engine, decode: Engine, asked_model: Any, now: float, lease: float) -> Ticket:
+def read_ticket(raw: bytes, prefill: Engine, decode: Engine, asked_model: Any, received: float, lease: float) -> Ticket:
     """Read a prefill engine's answer (status 200).
 
     Args:
@@ -122,7 +122,7 @@ def read_ticket(raw: bytes, prefill: Engine, decode: Engine, asked_model: Any, n
         prefill: who answered.
         decode: who will be asked next; knows which names mean one model.
         asked_model: the request's `model`, if it had one.
-        now: loop time.
+        received: loop time at which the answer came, or may have come at the earliest.
         lease: the prefill engines' `kv_lease_duration` in seconds.
 
     Raises:
@@ -149,4 +149,4 @@ def read_ticket(raw: bytes, prefill: Engine, decode: Engine, asked_model: Any, n
     if not isinstance(tokens, int):  # older engines do not tell
         usage = told_usage(raw)
         tokens = None if usage is None else usage[0]
-    return Ticket(bare, prefill, now, now + lease * (1 - MARGIN), tokens, life, blocks)
+    return Ticket(bare, prefill, received, received + lease * (1 - MARGIN), tokens, life, blocks)

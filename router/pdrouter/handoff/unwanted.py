@@ -82,7 +82,8 @@ class Unwanted(Handoff):
             desk.fleet.ended(engine, status)
             return
         with suppress(TicketError):
-            ticket = read_ticket(body, engine, self._decode, self._model, desk.loop.time(), desk.lease)
+            came = max(desk.pool.arrivals.earliest(), self._asking.leg.asked)
+            ticket = read_ticket(body, engine, self._decode, self._model, came, desk.lease)
             desk.fleet.succeeded(engine)
             desk.issued(ticket, self._tokens)
             desk.release.give_back(ticket, self._model, Cause.RELEASED)

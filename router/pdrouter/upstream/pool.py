@@ -7,6 +7,7 @@ from typing import Protocol, cast
 from pdrouter.fleet.engine import Engine
 from pdrouter.fleet.rows import Rows
 from pdrouter.outbox import Outbox
+from pdrouter.upstream.arrivals import Arrivals
 from pdrouter.upstream.connection import EngineConnection, Receiver
 from pdrouter.upstream.errors import ConnectError, ExhaustedError, TooLateError, UpstreamError
 
@@ -155,6 +156,7 @@ class Pool:
     ) -> None:  # fmt: skip
         self.loop = loop
         self.outbox = Outbox(loop)
+        self.arrivals = Arrivals(loop)
         self.rows = rows
         self._connect_timeout = connect_timeout
         self._idle_timeout = idle_timeout
@@ -272,6 +274,7 @@ class Pool:
     def close(self) -> None:
         """Close all idle connections and keep none from now on."""
         self._closed = True
+        self.arrivals.close()
         self._sweep.cancel()
         for idle in self._idle.values():
             for connection in idle:
