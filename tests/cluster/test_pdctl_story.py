@@ -15,7 +15,7 @@ import pytest
 from support.requests import CHAT
 
 from .commands import TOKEN, Pdctl
-from .control_plane import ControlPlane
+from .control_plane import Cluster, ControlPlane
 
 # Kept by the system itself: signs of life, history of what happened, and what Services are turned into.
 PASSING = {"events", "leases", "endpoints", "componentstatuses"}
@@ -29,7 +29,7 @@ def pdctl(cluster: ControlPlane, tmp_path: pathlib.Path) -> Iterator[Pdctl]:
     cluster.api.delete(f"/api/v1/namespaces/{made.namespace}")
 
 
-def everything(plane: ControlPlane, mine: str) -> set[str]:
+def everything(plane: Cluster, mine: str) -> set[str]:
     """Give each object that the API can list, as `kind namespace/name`, but for those of other tests' namespaces."""
     roots = ["/api/v1"]
     roots += [f"/apis/{one['preferredVersion']['groupVersion']}" for one in plane.api.get("/apis").json()["groups"]]
@@ -85,6 +85,7 @@ def test_the_whole_life_of_a_deployment_costs_no_request_and_leaves_nothing(pdct
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "return value " * 300}], "max_tokens": 8}
     answer = httpx.post(url.removesuffix("/v1") + CHAT, json=chat, timeout=60, trust_env=False)
     assert answer.status_code == 200, answer.text
+    pdctl.run("routing", "--recent", "5").says(0, "last requests", "200 prefill-", "decode-")
     routing = pdctl.told("routing")
     assert [pair["prompts"] for pair in routing["pairs"]] == [1]
     [moved] = routing["transfers"]
@@ -101,12 +102,25 @@ def test_the_whole_life_of_a_deployment_costs_no_request_and_leaves_nothing(pdct
     pdctl.run("scale", "decode=2").says(0, "prefill 1/1  decode 2/2")
     pods = {part["name"] for part in pdctl.told("status")["parts"] if part["role"] != "router"}
     pdctl.run("rollout", "--set", "engines.args={--max-num-seqs=512}").says(0, "ready ")
-    assert not pods & {part["name"] for part in pdctl.told("status")["parts"]}, "every engine is a new one"
+    engines = {part["name"] for part in pdctl.told("status")["parts"] if part["role"] != "router"}
+    assert not pods & engines, "every engine is a new one"
+    absent = r"podAnnotations.fault\.pdctl\.test/image=manifest unknown"
+    failed = pdctl.run("router", "switch", "llm-d", "--set", absent)
+    failed.says(1, "llm-d-router does not become ready: the registry has no ghcr.io/llm-d/", "served goes on")
+    pdctl.run("router", "switch", "vllm-router").says(
+        0, "clients reach vllm-router", "pd-router, consistent_hash before"
+    )
+    pdctl.deploy().says(3, "vllm-router serves clients of", "pdctl router switch ours")
+    told = pdctl.told("status")["parts"]
+    assert engines == {part["name"] for part in told if part["role"] != "router"}, "no engine was touched"
     load.interrupt()
     load.end().says(130, "interrupted after")
     result = json.loads((pdctl.folder / "load.json").read_text())
     assert result["failed"] == 0, result["pdctl"]["errors"]
     assert result["completed"] > 50
+    answer = httpx.post(url.removesuffix("/v1") + CHAT, json=chat, timeout=60, trust_env=False)
+    assert answer.status_code == 200, "the port-forward has found vllm-router"
+    pdctl.run("router", "switch", "ours").says(0, "clients reach vllm-router-llama31", "vllm-router is uninstalled")
     follow = pdctl.start("logs", "router", "--follow", "--tail", "1")
     follow.until("router-")
     pdctl.run("rollout", "--restart", "router").says(0, "ready ")
