@@ -143,7 +143,7 @@ class LocalTarget:
             "prefill": len(known.of_role("prefill")),
             "decode": len(known.of_role("decode")),
             "router": self.router.package,
-            "policy": known.policy,
+            "policy": self.router.rule,
             "speed": known.speed,
         }
 
