@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+from pdctl.routers import envoy, programs
+from pdctl.routers import llmd as llmd_parts
+from pdctl.routers.choice import POLICIES_OF
 from support import llmd
 from support.processes import until
 from support.shell import Shell
@@ -128,3 +132,31 @@ def test_llm_d_without_its_programs_is_refused_with_where_to_get_them(shell: She
     assert answer.returncode == 3
     assert "--llm-d-epp is not given" in answer.stderr
     assert "docs/llm-d.md" in answer.stderr
+
+
+def test_a_decode_engine_answers_on_localhost_too_where_a_sidecar_looks_for_it(shell: Shell) -> None:
+    for engine in [one for one in written(shell)["members"] if one["role"] == "decode"]:
+        port = engine["command"][engine["command"].index("--localhost-port") + 1]
+        told = [
+            httpx.get(f"{url}/sim/state").json()["engine_id"] for url in (engine["url"], f"http://127.0.0.1:{port}")
+        ]
+        assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("config", [envoy.gateway([11001, 10001], 11002, 18500), envoy.door(10001, 11002, 11001)])
+def test_envoy_takes_our_configurations(config: dict[str, Any], tmp_path: Path) -> None:
+    path = envoy.write(config, tmp_path / "envoy.json")
+    checked = subprocess.run(
+        [programs.envoy(print), "--mode", "validate", "-c", str(path)], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("preset", POLICIES_OF["llm-d"])
+def test_a_preset_has_a_profile_for_either_role_and_finds_engines_in_a_file(preset: str, tmp_path: Path) -> None:
+    config = llmd_parts.picker_config(preset, tmp_path / "endpoints.yaml")
+    assert [one["name"] for one in config["schedulingProfiles"]] == ["prefill", "decode"]
+    used = {plugin["pluginRef"] for profile in config["schedulingProfiles"] for plugin in profile["plugins"]}
+    there = {plugin.get("name", plugin["type"]) for plugin in config["plugins"]}
+    assert used <= there
+    assert config["dataLayer"]["discovery"]["pluginRef"] in there
