@@ -7,6 +7,7 @@ import typer
 
 from pdctl.commands.options import Context, Name, Namespace
 from pdctl.console import err, out
+from pdctl.errors import ExitCode, PdctlError
 from pdctl.interrupt import interruptible
 from pdctl.routers.choice import read
 from pdctl.routers.programs import Programs
@@ -48,8 +49,14 @@ def switch(
     target = find(name, namespace, context)
     try:
         before = target.router
-        with interruptible():
-            target.switch(wanted, Programs(llm_d_epp, llm_d_sidecar, tuple(sets or ())), timeout, _tell)
+        try:
+            with interruptible():
+                target.switch(wanted, Programs(llm_d_epp, llm_d_sidecar, tuple(sets or ())), timeout, _tell)
+        except KeyboardInterrupt:
+            raise PdctlError(
+                "interrupted; one router serves, the old one unless the other had been told to take over",
+                f"see which: pdctl status{target.flags}", ExitCode.INTERRUPTED,
+            ) from None  # fmt: skip
         out.print(f"[bold green]{wanted.title}[/] serves {target.router_url}/v1, {before.title} before", soft_wrap=True)
     finally:
         target.close()

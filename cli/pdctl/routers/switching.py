@@ -87,9 +87,12 @@ def _name(members: Sequence[Member], taken: set[str]) -> None:
 def _want(wanted: Deployment) -> None:
     """Ask the supervisor for a deployment, and wait until it is at it."""
     wanted.save(wanted.wanted)
-    _until(
-        lambda: not wanted.wanted.exists(), _SUPERVISOR_SECONDS, f"the supervisor of {wanted.name} does not answer"
-    )  # fmt: skip
+    try:
+        _until(
+            lambda: not wanted.wanted.exists(), _SUPERVISOR_SECONDS, f"the supervisor of {wanted.name} does not answer"
+        )
+    finally:
+        wanted.wanted.unlink(missing_ok=True)
 
 
 def _until(done: Callable[[], bool], seconds: float, otherwise: str) -> None:

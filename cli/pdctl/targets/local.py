@@ -180,6 +180,7 @@ class LocalTarget:
         """
         known = self._deployment
         shutil.rmtree(known.folder / "logs", ignore_errors=True)
+        known.wanted.unlink(missing_ok=True)
         (known.folder / "logs").mkdir(parents=True, exist_ok=True)
         known.save()
         with known.log("supervisor").open("ab") as log:
