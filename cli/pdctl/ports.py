@@ -1,10 +1,12 @@
 """Ports of this machine that nobody has."""
 
+import os
 import socket
 
 from pdctl.errors import ExitCode, PdctlError
 
 HOST = "127.0.0.1"
+INNER = range(20_000, 28_000)  # below those that systems give to connections
 
 
 def free(host: str, port: int) -> bool:
@@ -35,3 +37,10 @@ class Ports:
                 self._given.add(port)
                 return port
         raise PdctlError(f"no free port from {wished} on", "stop what holds them", ExitCode.PREFLIGHT)
+
+    def inner(self) -> int:
+        """Give a free port that nobody needs to know by heart.
+
+        Each process begins somewhere else: what it starts listens seconds later, and others look for ports meanwhile.
+        """
+        return self.take(INNER.start + os.getpid() * 31 % (len(INNER) - 1000))

@@ -16,7 +16,6 @@ from pdctl.routers.programs import envoy as envoy_program
 
 PRESETS = "charts/llm-d-router/presets"
 _DISCOVERY = "engines-of-this-machine"
-_FIRST_PORT = 18000
 
 
 def picker_config(preset: str, endpoints: Path) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def stages(
     picker, sidecar = programs.found()
     made = []
     for engine in (one for one in engines if one.role == "decode"):
-        port = ports.take(_FIRST_PORT)
+        port = ports.inner()
         command = [sidecar, "--port", str(port), "--model-server-port", _localhost_port(engine)]
         command += ["--kv-connector", "nixlv2", "--secure-proxy=false"]
         url = f"http://{HOST}:{port}"
@@ -86,7 +85,7 @@ def stages(
     listed, config = folder / "endpoints.yaml", folder / "picker.yaml"
     listed.write_text(yaml.safe_dump(endpoints([one for one in engines if one.role == "prefill"], made)))
     config.write_text(yaml.safe_dump(picker_config(preset, listed), sort_keys=False))
-    grpc, health, admin = (ports.take(_FIRST_PORT + 500) for _ in range(3))
+    grpc, health, admin = (ports.inner() for _ in range(3))
     command = [picker, "--config-file", str(config), "--pool-name", "pdctl", "--pool-namespace", "default"]
     command += ["--grpc-port", str(grpc), "--grpc-health-port", str(health), "--metrics-port", str(metrics)]
     command += ["--secure-serving=false", "--metrics-endpoint-auth=false", "--tracing=false"]

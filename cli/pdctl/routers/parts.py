@@ -12,7 +12,6 @@ from pdctl.routers.programs import Programs, Say, own, vllm_router
 from pdctl.routers.programs import envoy as envoy_program
 
 DRAIN_SECONDS = 600  # more than any answer takes
-_FIRST_PORT, _FIRST_METRICS_PORT = 11001, 29100
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +55,9 @@ def parts(
         PdctlError: a program is missing.
     """
     ports = Ports()
-    metrics = ports.take(_FIRST_METRICS_PORT)
+    metrics = ports.inner()
     page = f"http://{HOST}:{metrics}/metrics"
-    port = public if public is not None and choice.router == "ours" else ports.take(_FIRST_PORT)
+    port = public if public is not None and choice.router == "ours" else ports.inner()
     url = f"http://{HOST}:{port}"
     if choice.router == "ours":
         command = own_command(choice.policy, engines, port, metrics)
@@ -71,7 +70,7 @@ def parts(
                    ready=f"{url}/health")]  # fmt: skip
     if public is None:
         return Parts([made], url, page)
-    admin_port = ports.take(_FIRST_PORT)
+    admin_port = ports.inner()
     admin = f"http://{HOST}:{admin_port}"
     folder.mkdir(parents=True, exist_ok=True)
     config = envoy.write(envoy.door(public, admin_port, port), folder / "door.json")

@@ -30,7 +30,6 @@ from pdctl.targets.pages import read_pairs
 from pdctl.targets.target import Health, LogQuery, Routing
 
 PREFILL_PORT, DECODE_PORT, SIDE_PORT, ROUTER_PORT, METRICS_PORT = 8000, 8200, 5600, 10001, 29000
-LOCALHOST_PORT = 20200  # of decode engines: what stands beside one in its pod finds it on localhost
 MOST_OF_A_ROLE = 100
 STOP_SECONDS = 12.0
 LOG_LINES = 12
@@ -113,7 +112,7 @@ def plan(wish: Wish) -> Deployment:
             command = [engine, "--role", role, "--host", host, "--port", str(http), "--side-channel-port", str(side)]
             command += ["--model", wish.model, "--speed", f"{wish.speed:g}"]
             if role == "decode":
-                command += ["--localhost-port", str(ports.take(LOCALHOST_PORT))]
+                command += ["--localhost-port", str(ports.inner())]
             if wish.seed is not None:
                 command += ["--seed", str(wish.seed + len(made.members))]
             made.members.append(Member(f"{role}-{number}", role, f"http://{host}:{http}", command))

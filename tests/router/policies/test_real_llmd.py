@@ -97,7 +97,7 @@ def picker(preset: str, engines: dict[str, list[Engine]], folder: Path) -> Itera
     listed.write_text(yaml.safe_dump(llmd.endpoints(members["prefill"], members["decode"])))
     config.write_text(yaml.safe_dump(llmd.picker_config(preset, listed)))
     ports = Ports()
-    grpc, health, metrics, port, admin = (ports.take(21000) for _ in range(5))
+    grpc, health, metrics, port, admin = (ports.inner() for _ in range(5))
     gateway = envoy.gateway([port], admin, grpc)
     manager = gateway["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     manager["http_filters"][0]["typed_config"]["metadata_options"] = {"receiving_namespaces": {"untyped": ["envoy.lb"]}}
