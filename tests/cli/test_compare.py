@@ -85,10 +85,11 @@ def test_a_comparison_says_what_differed_and_what_random_prompts_cannot_show(tmp
         write(run, tmp_path / f"report.{kind}")
         assert RANDOM_PROMPTS in (tmp_path / f"report.{kind}").read_text()
     prefixes = replace(stored.SMALL, shared_prefix=20)
-    run.note(workload=prefixes.told())
+    run.note(workload=prefixes.told(), machine={"cores": 2, "load_at_start": 13.2})
     again = sheet(Run(run.folder))
     assert again is not None
-    assert again.notes == []
+    (busy,) = again.notes
+    assert "13 processes wanted its 2 cores" in busy
 
 
 def test_what_a_router_of_several_processes_costs_is_the_sum_of_them(tmp_path: Path) -> None:

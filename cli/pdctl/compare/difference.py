@@ -86,7 +86,10 @@ def differences(base: Run, other: Run, paired: bool = False) -> list[Difference]
     found = []
     for metric in HEADLINES:
         values = [[one[metric] for one in results if one.get(metric) is not None] for results in told]
-        if all(len(some) == len(results) for some, results in zip(values, told, strict=True)) and all(values):
+        whole = all(len(some) == len(results) for some, results in zip(values, told, strict=True)) and all(values)
+        if whole and any(
+            values[0]
+        ):  # tokens that all come in bursts have a median gap of 0, of which nothing is a share
             found.append(difference(metric, values[0], values[1], paired))
     return found
 

@@ -14,6 +14,11 @@ RANDOM_PROMPTS = (
     "Prompts are random and share nothing: what a policy gains by sending prompts to engines that know their beginning "
     "cannot show here, only what it costs. Measure with --trace, --turns or --shared-prefix for that."
 )
+_BUSY = (
+    "The machine was busy before this began: {load:.0f} processes wanted its {cores} cores. A router of several "
+    "processes then waits for a core at each of them, so latencies are more about the machine than about routers. "
+    "Processor time a request is not."
+)
 _COMMON = (
     "the engines: the same processes, started once, never restarted; decode engines answer on localhost too",
     "the client, its prompts, their order and seeds: each repeat has prompts of its own, the same for every router",
@@ -86,13 +91,16 @@ def sheet(run: Run) -> Sheet | None:
         *([what[0], *(what[_COLUMN[choice.router]] for choice in choices)] for what in _DIFFERENCES),
         ["reads engines' metrics", *map(_reads, choices)],
     ]
-    workload = run.workload
+    workload, machine = run.workload, run.about["machine"]
     affinity = workload.data != "random" or workload.shared_prefix > 0
+    notes = [] if affinity else [RANDOM_PROMPTS]
+    if machine.get("load_at_start", 0) > (machine["cores"] or 1):
+        notes.append(_BUSY.format(load=machine["load_at_start"], cores=machine["cores"]))
     return Sheet(
         _COMMON, [choice.title for choice in choices], rows,
         [[choice.title, name, command] for choice, one in zip(choices, standing, strict=True)
          for name, command in one.items()],
-        [] if affinity else [RANDOM_PROMPTS],
+        notes,
     )  # fmt: skip
 
 
