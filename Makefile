@@ -53,7 +53,7 @@ bench: setup ## One simulated pair beside the measured figures of two H200 (5 mi
 	@$(BIN)/python bench/h200_pair.py
 
 validate: setup ## The virtual fleet beside the one in real time and the figures of two H200 (5 minutes on a quiet machine)
-	@VALIDATE_REQUESTS=$${VALIDATE_REQUESTS:-300} VALIDATE_SPEED=$${VALIDATE_SPEED:-0.5} VALIDATE_POLICIES=$${VALIDATE_POLICIES:-round_robin,least_tokens,pd_cost} $(BIN)/pytest -q -s --timeout=1800 tests/virtual/test_validation.py
+	@VALIDATE_REQUESTS=$${VALIDATE_REQUESTS:-300} VALIDATE_SPEED=$${VALIDATE_SPEED:-0.5} VALIDATE_POLICIES=$${VALIDATE_POLICIES:-round_robin,least_tokens,pd_cost} $(BIN)/pytest -q -s -rs --timeout=1800 tests/virtual/test_validation.py
 
 policies: compiled-virtual ## Judge every policy on the conversation trace and made-up traffic: TRACE=conversation_trace.jsonl; writes docs/policies.md (half an hour on one core; goes on where it was)
 	@PYTHONPATH=.build/virtual $(BIN)/python scripts/policies.py $(TRACE)

@@ -27,6 +27,7 @@ from support.processes import engine, router, start_all
 REQUESTS = int(os.environ.get("VALIDATE_REQUESTS", "24"))
 SPEED = float(os.environ.get("VALIDATE_SPEED", "0.25"))
 POLICIES = os.environ.get("VALIDATE_POLICIES", "round_robin").split(",")
+LIMIT = 0.10
 STRETCH = 1.05  # decode steps of a real-time engine that took longer than this tell of the machine, not of the model
 TRIES = 3  # a busy machine may have a quiet moment
 HOP = 0.002  # seconds of this machine from the client to an engine or back
@@ -128,12 +129,13 @@ def test_the_virtual_fleet_gives_what_clients_of_the_real_time_fleet_measure(pol
     print(f"\n{policy}, {REQUESTS} requests, 2 + 2 engines, stretch {stretch:.3f}")
     for name, (virtual, real) in pairs.items():
         print(f"  {name:<18} virtual {virtual:9.4f}  real time {real:9.4f}  {virtual / real - 1:+.1%}")
+    off = [name for name, (virtual, real) in pairs.items() if abs(virtual / real - 1) > LIMIT]
     if stretch > STRETCH:
-        pytest.skip(
-            f"this machine is too busy to run engines in real time: steps took {stretch:.2f} times their length"
-        )
-    for name, (virtual, real) in pairs.items():
-        assert virtual == pytest.approx(real, rel=0.10), name
+        busy = f"this machine is too busy to run engines in real time: steps took {stretch:.2f} times their length"
+        print(f"verdict: none; {busy}")
+        pytest.skip(busy)
+    print(f"verdict: {'off by more than' if off else 'all within'} {LIMIT:.0%}{': ' * bool(off)}{', '.join(off)}")
+    assert off == []
 
 
 # Concurrency 8 and 128 are known to differ: there the real clients stay in step, or the real pair prefilled quicker
@@ -155,5 +157,6 @@ def test_the_virtual_pair_is_near_what_was_measured_on_two_h200(concurrency, spe
     print(
         f"\nc{concurrency}: {told['output_rate']:.0f} tok/s {speed:+.1%}, {told['ttft_p50'] * 1e3:.1f} ms {ttft:+.1%}"
     )
-    assert abs(speed) <= speed_off
-    assert abs(ttft) <= ttft_off
+    within = abs(speed) <= speed_off and abs(ttft) <= ttft_off
+    print(f"verdict: {'within' if within else 'off by more than'} {speed_off:.0%} and {ttft_off:.0%}")
+    assert within

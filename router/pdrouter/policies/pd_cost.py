@@ -36,6 +36,7 @@ Left out: attention over long prompts grows with their square (30,000 tokens tak
 tokens count in `held` only by way of `kv_usage`.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -74,7 +75,8 @@ class Costs:
         itl_per_request: seconds that one more request adds to the time between tokens (the same plane).
         dearest: the most that an uncached token counts against one that is queued already.
         evenness: how much this request's own time between tokens counts against that of each other one.
-        peak_evenness: what is added to `evenness` by the share by which tokens are further apart than usual.
+        peak: by how many times tokens are further apart than usual at a peak.
+        peak_evenness: what is added to `evenness` by how many times they are further apart than that.
         stall_weight: how much a second counts for which a request on the decode engine waits because of a prompt that
             is computed there, against a second of this request's.
         parting: how much more a token counts that only a decode engine computes.
@@ -99,7 +101,8 @@ class Costs:
     itl_per_request: float = 1.50e-5
     dearest: float = 8.0
     evenness: float = 1.5
-    peak_evenness: float = 20.0
+    peak: float = 1.05
+    peak_evenness: float = 30.0
     stall_weight: float = 5.0
     parting: float = 2.0
     bypass_share: float = 0.03
@@ -246,10 +249,14 @@ class PdCost:
         return scores
 
     def _evenness(self, loads: Sequence[tuple[int, int]]) -> float:
-        learned, many = self.learned, len(loads)
-        apart = learned.apart(sum(load[0] for load in loads) / many, sum(load[1] for load in loads) / many)
-        more = apart / learned.usual - 1 if learned.usual else 0.0
-        return learned.costs.evenness + (learned.costs.peak_evenness * more if more > 0 else 0.0)
+        learned, costs, many = self.learned, self.learned.costs, len(loads)
+        requests = held = 0
+        for load in loads:
+            requests += load[0]
+            held += load[1]
+        apart = learned.apart(requests / many, held / many)
+        more = apart / learned.usual - costs.peak if learned.usual else 0.0
+        return costs.evenness + (costs.peak_evenness * more if more > 0 else 0.0)
 
     def _handed(self, request: Features) -> float:
         """Give what it costs to let a prefill engine compute the prompt, as far as such engines are known."""
@@ -257,8 +264,9 @@ class PdCost:
         prefills, dearness = learned.prefills, learned.dearness
         if not prefills:
             return learned.handoff.base
-        uncached = learned.indexes["prefill"].uncached(request, prefills)
-        least = min(candidate.queued_tokens + dearness * own for candidate, own in zip(prefills, uncached, strict=True))
+        least = math.inf
+        for candidate, own in zip(prefills, learned.indexes["prefill"].uncached(request, prefills), strict=True):
+            least = min(least, candidate.queued_tokens + dearness * own)
         return least * learned.prefill.slope + learned.handoff.base
 
     def _over(self, candidate: Candidate, held: int, needed: int) -> float:

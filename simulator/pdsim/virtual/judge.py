@@ -1,5 +1,6 @@
 """Runs many setups over many seeds, in processes of their own."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -71,7 +72,9 @@ def run(case: Case) -> dict[str, float]:
     source = case.source
     if source.name.startswith(SYNTHETIC):
         source = replace(source, shape=replace(source.shape, seed=case.seed))
-    return figures(Fleet(case.setup, load(source), case.seed).run(), case.slo)
+    told = figures(Fleet(case.setup, load(source), case.seed).run(), case.slo)
+    gc.collect()  # engines and router know each other, so that nothing else would soon free a fleet that has run
+    return told
 
 
 def judge(
