@@ -75,7 +75,8 @@ class Schedule:
         """Tell what stood wrong next to the faults of its time; times are seconds since the first fault."""
         start = self.windows[0][1]
         lines = [
-            (began, f"{began - start:7.2f} to {end - start:7.2f} fault: {told}") for told, began, end in self.windows
+            (began, f"{began - start:7.2f} to {end - start:7.2f} fault: {told}, drawn {engine}")
+            for told, began, end, engine in self.windows
         ]
         for one in different:
             at = one.got.began

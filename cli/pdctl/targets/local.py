@@ -30,6 +30,7 @@ from pdctl.targets.pages import read_pairs
 from pdctl.targets.target import Health, LogQuery, Routing
 
 PREFILL_PORT, DECODE_PORT, SIDE_PORT, ROUTER_PORT, METRICS_PORT = 8000, 8200, 5600, 10001, 29000
+LEASE_SECONDS = 30
 MOST_OF_A_ROLE = 100
 STOP_SECONDS = 12.0
 LOG_LINES = 12
@@ -111,6 +112,8 @@ def plan(wish: Wish) -> Deployment:
                 host, http, side = HOST, ports.take(engine_port), ports.take(SIDE_PORT)
             command = [engine, "--role", role, "--host", host, "--port", str(http), "--side-channel-port", str(side)]
             command += ["--model", wish.model, "--speed", f"{wish.speed:g}"]
+            # An engine's clock runs faster by its speed, a router's does not: leases last as long as the router thinks.
+            command += ["--kv-lease-duration", f"{LEASE_SECONDS * wish.speed:g}"]
             if role == "decode":
                 command += ["--localhost-port", str(ports.inner())]
             if wish.seed is not None:
