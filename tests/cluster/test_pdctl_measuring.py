@@ -114,3 +114,24 @@ def test_an_evaluation_is_a_job_that_goes_on_when_its_command_is_killed(pdctl: P
     assert len({line["prompt"] for line in answers}) == 45
     assert runs(pdctl)["job"] == "done"
     pdctl.until(lambda: not beside(pdctl), "nothing is left beside the deployment")
+
+
+@pytest.mark.timeout(400)
+def test_routers_take_turns_before_the_engines_of_a_deployment_and_the_first_one_is_back_at_the_end(
+    pdctl: Pdctl,
+) -> None:
+    engines = {part["name"] for part in pdctl.told("status")["parts"] if part["role"] != "router"}
+    told = pdctl.run(
+        "compare", "--routers", "ours,vllm-router", "12", "4", "--on", "cluster", "--repeats", "1", "--input-len", "60",
+        "--output-len", "8", "--warmup", "2", "--label", "turns", seconds=380,
+    )  # fmt: skip
+    told.says(0, "SIMULATED engines", "pd-router, consistent_hash → vllm-router, consistent_hash", "report: ")
+    points = json.loads(pdctl.locally("runs", "show", "turns", "--json").out)["points"]
+    assert points == ["ours-consistent_hash", "vllm-router-consistent_hash"]
+    [folder] = (pdctl.folder / "data/pdctl/runs").glob("*-turns")
+    for point in points:
+        figures = json.loads((folder / f"points/{point}/results/0.json").read_text())
+        assert (figures["completed"], figures["failed"]) == (12, 0)
+        assert sum(one["transfers"] for one in figures["pdctl"]["transfers"]) >= 12, "every prompt was handed over"
+    status = pdctl.told("status")
+    assert {part["name"] for part in status["parts"] if part["role"] != "router"} == engines, "no engine was touched"

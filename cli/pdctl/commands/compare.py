@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +17,10 @@ from pdctl.bench.workload import Workload
 from pdctl.commands import loads
 from pdctl.commands.bench import about
 from pdctl.commands.loads import client_of, slos_of, workload_of
-from pdctl.commands.options import Json
+from pdctl.commands.options import Context, Json, Namespace
 from pdctl.commands.progress import counted
 from pdctl.commands.router import LlmdEpp, LlmdSidecar
+from pdctl.compare import in_cluster
 from pdctl.compare.contender import contenders
 from pdctl.compare.difference import Difference, check_alike
 from pdctl.compare.live import compare as take_turns
@@ -33,6 +35,16 @@ from pdctl.routers.choice import Choice
 from pdctl.routers.programs import Programs
 from pdctl.runs import Run, Store
 from pdctl.runs.setting import Place
+from pdctl.targets import KubernetesTarget, LocalTarget
+from pdctl.targets.found import choose
+
+
+class Where(StrEnum):
+    """Where engines are."""
+
+    LOCAL = "local"
+    CLUSTER = "cluster"
+
 
 COLOURS = {"better": "green", "worse": "red"}
 
@@ -51,7 +63,11 @@ def compare(
     ] = None,
     llm_d_epp: LlmdEpp = None,
     llm_d_sidecar: LlmdSidecar = None,
-    on: Annotated[str, typer.Option(help="Where the engines are; local: simulated ones on this machine.")] = "local",
+    on: Annotated[
+        Where, typer.Option(help="Where the engines are; local: simulated, on this machine; cluster: a deployment's.")
+    ] = Where.LOCAL,
+    namespace: Namespace = None,
+    context: Context = None,
     name: Annotated[
         str | None,
         typer.Option("--name", help="A deployment whose engines are used.", show_default="engines of its own"),
@@ -103,8 +119,6 @@ def compare(
         _show(comparison(runs), json)
         return
     programs = Programs(llm_d_epp, llm_d_sidecar)
-    if on != "local":
-        raise PdctlError(f"routers cannot be compared on {on!r} yet", "use --on local", ExitCode.USAGE)
     if resume is not None:
         run = _resumed(resume)
         asked = run.about
@@ -114,19 +128,22 @@ def compare(
     else:
         assert routers is not None
         chosen = contenders(routers)
-        if any(one.router == "llm-d" for one in chosen):
+        fleet_of = {"name": name, "prefill": prefill, "decode": decode, "speed": speed}
+        simulated = True
+        if on is Where.CLUSTER:
+            fleet_of, simulated = _deployed(namespace, context)
+        elif any(one.router == "llm-d" for one in chosen):
             programs.found()  # before engines are started for nothing
         count, at_once = _numbers(names)
         workload = workload_of(
-            Place("", "", served={"simulated": True}), count, at_once, input_len=input_len, output_len=output_len,
+            Place("", "", served={"simulated": simulated}), count, at_once, input_len=input_len, output_len=output_len,
             rate=rate, burstiness=burstiness, ramp=None, trace=trace, trace_speed=trace_speed,
             longest_input=longest_input, turns=turns, shared_prefix=shared_prefix, think=think, abort=0.0,
-            warmup=warmup, seed=seed, prompts=loads.Prompts.TEXT,
+            warmup=warmup, seed=seed, prompts=loads.Prompts.AUTO,
         )  # fmt: skip
-        fleet_of = {"name": name, "prefill": prefill, "decode": decode, "speed": speed}
         run = Store().new("compare", label)
     slos = {one.metric: one.milliseconds for one in slos_of(slo)} if resume is None else run.about["slos"]
-    with interruptible(), _keeping(run), fleet(**fleet_of, say=_say) as target:
+    with interruptible(), _keeping(run), _engines(fleet_of) as target:
         if resume is None:
             place = Place(target.router_url, target.model, target, target.settings)
             run.begin(
@@ -149,12 +166,42 @@ def compare(
             return told | {"slos": slos, "title": contender.title, "client": "pdctl", "caches_reset": True}
 
         with _Turns(run, workload, repeats) as progress:
-            take_turns(
-                run, about_point, chosen, deployment.load(target.name), target, workload, repeats,
-                client_of(processes, trace), programs, progress.begin, _say,
-            )  # fmt: skip
+            client = client_of(processes, trace)
+            if isinstance(target, KubernetesTarget):
+                in_cluster.compare(
+                    run, about_point, chosen, lambda: KubernetesTarget(**fleet_of), workload, repeats, client,
+                    programs, progress.begin, _say,
+                )  # fmt: skip
+            else:
+                take_turns(
+                    run, about_point, chosen, deployment.load(target.name), target, workload, repeats, client,
+                    programs, progress.begin, _say,
+                )  # fmt: skip
         run.end("done")
     _finish(run, report, json)
+
+
+def _deployed(namespace: str | None, context: str | None) -> tuple[dict[str, Any], bool]:
+    """Give which deployment on Kubernetes is meant, and whether its engines are simulated."""
+    _, namespace = choose(None, namespace)
+    if namespace is None:
+        raise PdctlError(
+            "nothing is deployed on Kubernetes", "run pdctl deploy, or name its --namespace", ExitCode.USAGE
+        )
+    told: dict[str, Any] = {"namespace": namespace, "context": context}
+    with KubernetesTarget(**told) as target:
+        return told, target.simulated
+
+
+@contextlib.contextmanager
+def _engines(fleet_of: dict[str, Any]) -> Iterator[LocalTarget | KubernetesTarget]:
+    """Give the engines that routers stand before."""
+    if "namespace" in fleet_of:
+        with KubernetesTarget(**fleet_of) as target:
+            yield target
+    else:
+        with fleet(**fleet_of, say=_say) as local:
+            yield local
 
 
 def _evaluations(runs: list[Run], json: bool) -> None:

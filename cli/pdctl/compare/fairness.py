@@ -78,8 +78,8 @@ def processes(members: Sequence[Member]) -> dict[str, str]:
 
 
 def sheet(run: Run) -> Sheet | None:
-    """Make the sheet of routers that took turns; nothing for other runs."""
-    if "contenders" not in run.about or not run.points:
+    """Make the sheet of routers that took turns on this machine; nothing for other runs."""
+    if "contenders" not in run.about or not run.points or run.points[0].about["fleet"].get("where") == "kubernetes":
         return None
     choices = [Choice(**one) for one in run.about["contenders"]][: len(run.points)]
     results = [point.whole_results()[:1] for point in run.points]
