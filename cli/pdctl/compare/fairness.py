@@ -106,7 +106,7 @@ def sheet(run: Run) -> Sheet | None:
 
 def _counted(names: dict[str, str]) -> str:
     kinds = Counter("sidecar" if name.startswith("sidecar-") else name for name in names)
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
 
 
 def _reads(choice: Choice) -> str:
