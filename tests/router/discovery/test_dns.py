@@ -105,13 +105,13 @@ def test_no_failure_of_dns_empties_the_fleet_and_the_age_shows_it():
             server.put(HOST, "A", 1, "10.0.0.1")
             async with source(server, inbox) as one:
                 await inbox.until_urls(*urls("10.0.0.1"))
-                answered = time.monotonic() - one.age
+                answered = -one.age + time.monotonic()  # or somewhat before
                 for failure in (dns.rcode.SERVFAIL, dns.rcode.NXDOMAIN, dns.rcode.REFUSED):
                     server.failure = failure
                     asked = len(server.asked)
                     await server.until(lambda: len(server.asked) >= asked + 3, "more questions")  # noqa: B023
                     assert inbox.urls == urls("10.0.0.1")
-                assert time.monotonic() - one.age - answered < 0.01
+                assert time.monotonic() - one.age <= answered + 0.001
                 server.failure = None
                 server.put(HOST, "A", 30, "10.0.0.9")
                 await inbox.until_urls(*urls("10.0.0.9"))
