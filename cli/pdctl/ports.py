@@ -1,23 +1,12 @@
 """Ports of this machine that nobody has."""
 
 import os
-import socket
 
 from pdctl.errors import ExitCode, PdctlError
+from pdsim.referee.places import free
 
 HOST = "127.0.0.1"
 INNER = range(20_000, 28_000)  # below those that systems give to connections
-
-
-def free(host: str, port: int) -> bool:
-    """Whether an address can be listened on."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 class Ports:

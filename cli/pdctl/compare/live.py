@@ -13,12 +13,12 @@ from pdctl.bench.workload import Workload
 from pdctl.compare.contender import Standing, standing
 from pdctl.compare.fairness import processes
 from pdctl.deployment import Deployment
-from pdctl.ports import free
 from pdctl.routers.choice import Choice
 from pdctl.routers.programs import Programs, Say
 from pdctl.runs.run import Run
 from pdctl.runs.setting import Place
 from pdctl.targets.local import LocalTarget, Wish, plan
+from pdsim.referee.places import free
 
 
 @contextmanager

@@ -21,13 +21,14 @@ from pdctl.check import Check, Mark
 from pdctl.deployment import Deployment, Member
 from pdctl.environments import beside
 from pdctl.errors import ExitCode, PdctlError
-from pdctl.ports import HOST, Ports, free
+from pdctl.ports import HOST, Ports
 from pdctl.routers.choice import Choice
 from pdctl.routers.parts import own_command
 from pdctl.routers.programs import Programs
 from pdctl.routers.switching import switch
 from pdctl.targets.pages import read_pairs
 from pdctl.targets.target import Health, LogQuery, Routing
+from pdsim.referee.places import free
 
 PREFILL_PORT, DECODE_PORT, SIDE_PORT, ROUTER_PORT, METRICS_PORT = 8000, 8200, 5600, 10001, 29000
 LEASE_SECONDS = 30
