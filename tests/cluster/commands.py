@@ -56,8 +56,12 @@ class Running:
         """Wait until it has printed something."""
         deadline = time.monotonic() + seconds
         while text not in self.out + self.err:
-            assert self.process.poll() is None, f"it ended before {text!r}: {self.out}{self.err}"
-            assert time.monotonic() < deadline, f"no {text!r} in {seconds} s: {self.out}{self.err}"
+            over = self.process.poll() is not None
+            if over or time.monotonic() > deadline:
+                self.process.kill()
+                self._ended()
+                why = f"it ended before {text!r}" if over else f"no {text!r} in {seconds} s"
+                raise AssertionError(f"{why}: {self.out}{self.err}")
             time.sleep(0.02)
 
     def interrupt(self) -> None:
