@@ -8,7 +8,7 @@ STAMP := $(VENV)/.synced
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-virtual bench-client bench-attack fuzz compiled compiled-virtual chaos churn validate policies referee cluster e2e upstream-tests test-engines docs clean
+.PHONY: help setup tools charts demo test lint fmt bench bench-router bench-virtual bench-client bench-attack fuzz compiled compiled-virtual chaos churn validate policies referee cluster e2e upstream-tests test-engines screens docs clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ cluster: setup tools ## A real Kubernetes control plane with fake GPU nodes, to 
 
 e2e: setup tools ## The charts on two real kubelets: deploy, chat, load, faults, rollouts, cleanup (5 minutes; needs root and Debian 12)
 	@$(BIN)/pytest -rs tests/cluster/test_real_nodes.py
+
+screens: setup tools ## Record what pdctl shows in a deployment's life; writes docs/screens.md (3 minutes; needs root)
+	@PYTHONPATH=tests $(BIN)/python -m cluster.screens
 
 referee: setup ## Judge the router and others by pd-referee; writes docs/referee.md (10 minutes; ROUTERS="ours toy" for some)
 	@$(BIN)/python scripts/referee.py $(ROUTERS)

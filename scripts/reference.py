@@ -10,21 +10,14 @@ import pathlib
 import subprocess
 import sys
 
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from pdctl.app import COMMANDS, wired
 from pdrouter.observe import described
 from pdsim.referee.app import cases_markdown
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-COMMANDS = (
-    "deploy", "status", "top", "logs", "metrics", "routing", "doctor", "bench", "compare", "sweep", "report", "eval",
-    "runs", "record", "replay", "plan", "tune", "calibrate", "port-forward", "scale", "rollout", "render",
-    "diff", "cleanup",
-)  # fmt: skip
-RUNS = ("ls", "show", "rm", "export")
-CALLS = [
-    ["pdctl"], *(["pdctl", command] for command in COMMANDS),
-    *(["pdctl", "runs", command] for command in RUNS), ["pdrouter"], ["pdsim.engine"],
-    ["pdsim.referee"],
-]  # fmt: skip
 PROGRAMS = {"pdctl": "pdctl", "pdrouter": "pd-router", "pdsim.engine": "pd-engine-sim", "pdsim.referee": "pd-referee"}
 
 
@@ -41,13 +34,26 @@ print(json.dumps(pages))
 """One process for all: each would take a second to import what it shares with the others."""
 
 
-def shown(calls: list[list[str]]) -> list[str]:
+def calls() -> list[list[str]]:
+    """Name every program and command that has a --help, by module and arguments."""
+    group = get_command(wired(*COMMANDS))
+    assert isinstance(group, TyperGroup)
+    found = [["pdctl"]]
+    for name in COMMANDS:
+        found.append(["pdctl", name])
+        command = group.commands[name]
+        if isinstance(command, TyperGroup):
+            found += [["pdctl", name, verb] for verb in command.commands]
+    return [*found, ["pdrouter"], ["pdsim.engine"], ["pdsim.referee"]]
+
+
+def shown(listed: list[list[str]]) -> list[str]:
     """Give what `python -m` and each of these says with --help in a terminal of 100 columns without colours."""
     plain = {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
     environment = os.environ | plain | {"_TYPER_FORCE_DISABLE_TERMINAL": "1"}
     environment.pop("FORCE_COLOR", None)
     environment.pop("GITHUB_ACTIONS", None)
-    call = [sys.executable, "-c", ASK, json.dumps(calls)]
+    call = [sys.executable, "-c", ASK, json.dumps(listed)]
     answer = subprocess.run(call, capture_output=True, text=True, env=environment, check=True)
     pages = ["\n".join(line.rstrip() for line in page.strip("\n").splitlines()) for page in json.loads(answer.stdout)]
     return [page.replace("python -m pdctl", "pdctl").replace("python -m pdsim.referee", "pd-referee") for page in pages]
@@ -56,7 +62,8 @@ def shown(calls: list[list[str]]) -> list[str]:
 def reference() -> str:
     """Give the page of all commands."""
     parts = ["# Reference\n\nGenerated from the programs' own `--help` by `make docs`; do not edit.\n"]
-    for (module, *arguments), page in zip(CALLS, shown(CALLS), strict=True):
+    listed = calls()
+    for (module, *arguments), page in zip(listed, shown(listed), strict=True):
         title = " ".join([PROGRAMS[module], *arguments])
         parts.append(f"## {title}\n\n```text\n{page}\n```\n")
     return "\n".join(parts)

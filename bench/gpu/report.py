@@ -219,7 +219,7 @@ def markdown(told: dict[str, Any], simulated: Points) -> str:
     if rest:
         lines += [
             "",
-            f"Other ways ({DIRECT}: the decode engine alone, no router; {PLAIN}: a plain proxy before it):",
+            _other(rest),
             "",
             *_table(points, (OURS, *rest)),
         ]
@@ -235,6 +235,12 @@ def markdown(told: dict[str, Any], simulated: Points) -> str:
         lines += ["", "Could not be measured:", ""]
         lines += [f"- {one['what']}: {one['why'].splitlines()[0]}" for one in told["failures"]]
     return "\n".join(lines) + "\n"
+
+
+def _other(routers: Sequence[str]) -> str:
+    meanings = {DIRECT: "the decode engine alone, no router", PLAIN: "a plain proxy before it"}
+    told = "; ".join(f"{name}: {meaning}" for name, meaning in meanings.items() if name in routers)
+    return f"Other ways ({told}):" if told else "Other ways:"
 
 
 def _prompts(points: Points) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from types import TracebackType
 
 import httpx
@@ -16,21 +17,7 @@ import psutil
 from plan import DIRECT, PLAIN, THEIRS, VARIANTS
 
 STARTS = 60.0  # seconds
-NGINX = """worker_processes 1; daemon off; pid {folder}/nginx.pid; error_log {folder}/nginx-error.log;
-events {{ worker_connections 4096; }}
-http {{
-  access_log off; client_body_temp_path {folder}/nginx-body; proxy_temp_path {folder}/nginx-proxy;
-  fastcgi_temp_path {folder}/nginx-1; uwsgi_temp_path {folder}/nginx-2; scgi_temp_path {folder}/nginx-3;
-  client_max_body_size 64m; client_body_buffer_size 1m;
-  upstream decode {{ server {engine}; keepalive 1024; keepalive_requests 1000000000; }}
-  server {{
-    listen 127.0.0.1:{port}; keepalive_requests 1000000000;
-    location / {{
-      proxy_pass http://decode; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
-    }}
-  }}
-}}
-"""
+NGINX = Template(Path(__file__).parent.with_name("nginx.conf").read_text(encoding="utf-8"))
 
 
 class RouterError(Exception):
@@ -102,7 +89,8 @@ class Router(AbstractContextManager["Router"]):
     def _nginx(self, programs: Programs, port: int, engine: str) -> list[str]:
         folder = programs.logs.resolve()
         config = folder / "nginx.conf"
-        config.write_text(NGINX.format(folder=folder, engine=httpx.URL(engine).netloc.decode(), port=port), "utf-8")
+        servers = f"server {httpx.URL(engine).netloc.decode()};"
+        config.write_text(NGINX.substitute(folder=folder, servers=servers, port=port), encoding="utf-8")
         return [*shlex.split(programs.plain), "-c", str(config)]
 
     def _command(self, programs: Programs, port: int, prefill: Sequence[str], decode: Sequence[str]) -> list[str]:

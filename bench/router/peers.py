@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from types import TracebackType
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / ".build" / "bench"
+NGINX = Template(HERE.with_name("nginx.conf").read_text(encoding="utf-8"))
 VLLM_ROUTER = "0.1.17"
 # Where there are cores enough the load gets two of its own; neighbours, often two threads of one core, stay unused.
 ROUTER_CORE, LOAD_CORE = "0", "4,6" if (os.cpu_count() or 1) >= 8 else "1"
@@ -186,23 +188,7 @@ def nginx(port: int = 9305) -> Program:
     """Start nginx as a plain proxy to decode: one hop, no second leg, nothing parsed."""
     servers = "".join(f"server 127.0.0.1:{DECODE + number};" for number in range(ENGINES))
     config = BUILD / "nginx.conf"
-    config.write_text(
-        f"""worker_processes 1; daemon off; pid {BUILD}/nginx.pid; error_log {BUILD}/nginx-error.log;
-events {{ worker_connections 4096; }}
-http {{
-  access_log off; client_body_temp_path {BUILD}/nginx-body; proxy_temp_path {BUILD}/nginx-proxy;
-  client_max_body_size 64m; client_body_buffer_size 1m;
-  upstream decode {{ {servers} keepalive 1024; keepalive_requests 1000000000; }}
-  server {{
-    listen 127.0.0.1:{port}; keepalive_requests 1000000000;
-    location / {{
-      proxy_pass http://decode; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
-    }}
-  }}
-}}
-""",
-        encoding="utf-8",
-    )
+    config.write_text(NGINX.substitute(folder=BUILD, servers=servers, port=port), encoding="utf-8")
     program = shutil.which("nginx") or "/usr/sbin/nginx"
     return Program(ROUTER_CORE, [program, "-c", str(config)], port, "nginx")
 

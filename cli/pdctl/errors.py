@@ -1,6 +1,7 @@
 """Errors with a cause and a next step, and the exit codes of pdctl."""
 
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -29,3 +30,26 @@ class PdctlError(Exception):
     ) -> None:
         super().__init__(cause)
         self.cause, self.next_step, self.code, self.evidence = cause, next_step, code, evidence or []
+
+
+def check_writable(path: Path | None, option: str) -> None:
+    """See that a file can be written, before the work whose outcome goes there.
+
+    Args:
+        path: the file; None: none is wished.
+        option: by which it was chosen.
+
+    Raises:
+        PdctlError: it cannot.
+    """
+    if path is None:
+        return
+    there = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise PdctlError(
+            f"{path} cannot be written: {error.strerror}", f"choose another {option}", ExitCode.USAGE
+        ) from None
+    if not there:
+        path.unlink()

@@ -12,6 +12,7 @@ from pdctl.targets.target import Health, Routing
 TCP_BYTES = 3e9  # a second over TCP at best: what one 25 Gbit/s adapter carries
 RDMA_BYTES = 4e9  # a second over RDMA at least: half of the slowest adapter in use, 100 Gbit/s, is more
 FEW = 20  # transfers before their speed says anything
+SMALL = 32e6  # bytes: transfers of less take as long over any network (vLLM over NVLink: 4 ms for 134 MB)
 SLOW_HANDOFF = 5.0  # seconds: a NIXL handshake on first contact takes about that long
 _AMISS = re.compile(
     r"(?i)(nixl|ucx|kv).{0,120}(error|fail|refus|incompat|mismatch|not available|timed? ?out|invalid)|"
@@ -27,8 +28,8 @@ class Facts:
         flags: how commands name it, for fixes.
         versions: of vLLM by member.
         pages: metrics of the engines by member.
-        workers: what the router knows of engines, by URL; None where it cannot be asked.
-        edges: what the router knows of each way, with the last error; empty where it cannot be asked.
+        workers: what each router that can be asked knows of engines, by URL.
+        edges: what routers know of each way, with the last error; empty where none can be asked.
         lines: last log lines by member.
         rdma: the resource by which engines ask for RDMA, empty for TCP; None where KV stays on one machine.
         own: checks that only the place of the deployment can make.
@@ -39,7 +40,7 @@ class Facts:
     routing: Routing | None
     versions: Mapping[str, str]
     pages: Mapping[str, Page]
-    workers: Mapping[str, Mapping[str, Any]] | None
+    workers: Sequence[Mapping[str, Mapping[str, Any]]]
     edges: Sequence[Mapping[str, Any]] = ()
     lines: Mapping[str, Sequence[str]] = field(default_factory=dict)
     rdma: str | None = None
@@ -72,23 +73,30 @@ def _restarts(facts: Facts) -> Check:
 
 
 def _reach(facts: Facts) -> Check:
-    """Whether the router finds every engine well that is ready, and calls none that is not there."""
-    if facts.workers is None:
+    """Whether each router finds every engine well that is ready, and calls none that is not there."""
+    routers = facts.workers
+    if not routers:
         return Check("router → engines", Mark.UNKNOWN, "the router's admin port does not answer")
     urls = {part.url: part for part in _engines(facts) if part.url}
-    missing = [part.name for url, part in urls.items() if part.state == "ready" and url not in facts.workers]
-    ill = [urls[url].name for url, told in facts.workers.items() if url in urls and not told["healthy"]]
-    ill = [name for name in ill if next(part for part in urls.values() if part.name == name).state == "ready"]
-    stray = [url for url, told in facts.workers.items() if url not in urls and told["healthy"]]
-    if missing or ill:
-        told = [*(f"{name} is not known" for name in missing), *(f"{name} does not answer it" for name in ill)]
+    told = []
+    for url, part in urls.items():
+        missing = sum(url not in known for known in routers)
+        ill = sum(url in known and not known[url]["healthy"] for known in routers)
+        if part.state == "ready" and (missing or ill):
+            of = f"{missing or ill} of {len(routers)} routers" if len(routers) > 1 else "it"
+            told.append(f"{part.name} {'is not known to' if missing else 'does not answer'} {of}")
+    stray = {url for known in routers for url, engine in known.items() if url not in urls and engine["healthy"]}
+    if told:
         return Check(
             "router → engines", Mark.FAIL, _names(told),
             f"see its log: pdctl logs router{facts.flags}; a NetworkPolicy may keep it from the engines' ports",
         )  # fmt: skip
     if stray:
-        return Check("router → engines", Mark.WARN, f"it also calls {_names(stray)}", "see which release it looks for")
-    return Check("router → engines", Mark.OK, f"it finds all {len(facts.workers)} well")
+        return Check(
+            "router → engines", Mark.WARN, f"it also calls {_names(sorted(stray))}", "see which release it looks for"
+        )
+    who = f"all {len(routers)} routers find" if len(routers) > 1 else "it finds"
+    return Check("router → engines", Mark.OK, f"{who} all {len(routers[0])} well")
 
 
 def _versions(facts: Facts) -> Check:
@@ -183,6 +191,11 @@ def _speed(facts: Facts) -> Check:
     moved = sum(page.total("vllm:nixl_bytes_transferred_sum") for page in facts.pages.values())
     if count < FEW or not seconds:
         return Check("speed of KV", Mark.UNKNOWN, f"only {count:.0f} transfers so far; send some: pdctl bench 50 4")
+    if moved / count < SMALL:
+        return Check(
+            "speed of KV", Mark.UNKNOWN, f"transfers of {moved / count / 1e6:.1f} MB are too small to tell",
+            "send longer prompts: pdctl bench 50 4 --input-len 2000",
+        )  # fmt: skip
     rate = moved / seconds
     told = f"{rate / 1e9:.1f} GB/s within a transfer, over {count:.0f}"
     if facts.rdma and rate < RDMA_BYTES:

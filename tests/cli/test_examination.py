@@ -23,7 +23,7 @@ def facts(**changed: Any) -> Facts:
         "routing": Routing({("prefill-a", "decode-b"): 30}, {("prefill-a", "decode-b"): (30, 10**9)}, {}, [], []),
         "versions": {"prefill-a": "0.33.0", "decode-b": "0.33.0"},
         "pages": {"decode-b": Page("")},
-        "workers": {url: {"healthy": True} for url in URLS.values()},
+        "workers": [{url: {"healthy": True} for url in URLS.values()}],
         "edges": [edge()],
         "lines": {"decode-b": ["INFO NIXL is available"]},
     }
@@ -71,10 +71,15 @@ def test_prompts_without_transfers_mean_that_decode_computes_all_again() -> None
 
 
 def test_engines_that_the_router_does_not_find_or_reach_are_named() -> None:
-    found = check("router → engines", workers={URLS["prefill-a"]: {"healthy": False}})
+    half = {URLS["prefill-a"]: {"healthy": False}}
+    found = check("router → engines", workers=[half])
     assert found.mark is Mark.FAIL
-    assert found.told == "decode-b is not known, prefill-a does not answer it"
-    assert check("router → engines", workers=None).mark is Mark.UNKNOWN
+    assert found.told == "prefill-a does not answer it, decode-b is not known to it"
+    assert check("router → engines", workers=[]).mark is Mark.UNKNOWN
+    other = {url: {"healthy": True} for url in URLS.values()}
+    assert check("router → engines", workers=[other, other]).mark is Mark.OK
+    told = "prefill-a does not answer 1 of 2 routers, decode-b is not known to 1 of 2 routers"
+    assert check("router → engines", workers=[other, half]).told == told
 
 
 def test_a_closed_way_tells_its_last_error() -> None:
@@ -94,11 +99,14 @@ def test_a_restarted_prefill_engine_is_stale_only_when_transfers_fail() -> None:
 
 def test_transfers_as_slow_as_tcp_are_told_where_rdma_is_asked_for() -> None:
     slow = page(nixl_xfer_time_seconds_count=40, nixl_xfer_time_seconds_sum=10, nixl_bytes_transferred_sum=20e9)
+    small = page(nixl_xfer_time_seconds_count=40, nixl_xfer_time_seconds_sum=0.2, nixl_bytes_transferred_sum=40e6)
     found = check("speed of KV", pages={"decode-b": slow}, rdma="rdma/ib")
     assert found.mark is Mark.WARN
     assert "2.0 GB/s" in found.told
     assert check("speed of KV", pages={"decode-b": slow}, rdma="").mark is Mark.OK
     assert check("speed of KV", rdma="").mark is Mark.UNKNOWN
+    found = check("speed of KV", pages={"decode-b": small}, rdma="rdma/ib")
+    assert (found.mark, found.told) == (Mark.UNKNOWN, "transfers of 1.0 MB are too small to tell")
 
 
 def test_lines_about_nixl_are_found_in_logs() -> None:

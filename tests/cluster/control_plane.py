@@ -87,7 +87,7 @@ class Programs:
         """Start a killed program as before."""
         return self._starter.submit(self._start, name).result()
 
-    def kill_all(self) -> None:
+    def close(self) -> None:
         """Kill all, the last started first."""
         for process in reversed(self._running.values()):
             process.kill()
@@ -115,6 +115,7 @@ class Cluster:
 
     Attributes:
         url: The API server's address.
+        programs: What runs for it on this machine.
         kubeconfig: For a person who may do everything, the context `local`.
         api: A client of the API as that person. Errors are raised by whoever asks (`raise_for_status`).
     """
@@ -122,6 +123,7 @@ class Cluster:
     def __init__(self, folder: pathlib.Path, url: str) -> None:
         self.folder = folder
         self.url = url
+        self.programs = Programs(folder)
         self.kubeconfig = folder / "admin.kubeconfig"
         self.api: httpx.Client
 
@@ -132,11 +134,12 @@ class Cluster:
         self.api = httpx.Client(base_url=self.url, verify=context, timeout=30, trust_env=False)
 
     def check(self) -> None:
-        """Fail when what the cluster consists of has ended.
+        """Fail when what the cluster consists of has ended, and was not killed here.
 
         Raises:
             ClusterError: it has.
         """
+        self.programs.check()
 
     def until(self, condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
         """Poll until the condition is true and give its value; an exception of it counts as false.
@@ -216,7 +219,6 @@ class ControlPlane(Cluster):
             raise ClusterError(f"{', '.join(missing)} are not in {BIN}; call make tools")
         self.api_port, self._etcd, self._peers, self._controllers, self._scheduler = ports[:5]
         super().__init__(folder, f"https://{address}:{self.api_port}")
-        self.programs = Programs(folder)
         self.services = services
         self._address = address
         self._node_grace = node_grace
@@ -230,7 +232,7 @@ class ControlPlane(Cluster):
         try:
             self._start()
         except BaseException:
-            self.programs.kill_all()
+            self.programs.close()
             raise
         return self
 
@@ -238,7 +240,7 @@ class ControlPlane(Cluster):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.api.close()
-        self.programs.kill_all()
+        self.programs.close()
 
     def _start(self) -> None:
         first = str(ipaddress.ip_network(self.services)[1])
@@ -321,10 +323,6 @@ class ControlPlane(Cluster):
         file.write_text(yaml.safe_dump(told))
         file.chmod(0o600)
         return file
-
-    def check(self) -> None:
-        """Fail when a program has ended that was not killed here."""
-        self.programs.check()
 
     def stop_api_server(self) -> None:
         """Kill the API server: watches break, calls are refused."""

@@ -10,10 +10,10 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .control_plane import BIN, ROOT, ClusterError, ControlPlane, NotPossible, free_ports
+from .control_plane import BIN, ROOT, Cluster, ClusterError, ControlPlane, NotPossible, free_ports
 from .slots import claimed_slot, fake_pods, folder_of, ports
 
 GPUS = 8
@@ -67,8 +67,16 @@ def _node(name: str, pods: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fake_nodes(plane: ControlPlane, slot: int, count: int = 2) -> Iterator[None]:
-    """Add nodes `gpu-0`, `gpu-1`, … of 8 GPUs each, Ready, with a kubelet for all of them.
+def fake_nodes(
+    plane: Cluster, slot: int, names: Sequence[str] = ("gpu-0", "gpu-1"), address: str = "127.0.0.1"
+) -> Iterator[None]:
+    """Add nodes of 8 GPUs each, Ready, with a kubelet for all of them.
+
+    Args:
+        plane: where they are added, beside whatever nodes it has.
+        slot: the cluster's.
+        names: of the nodes.
+        address: of this machine, where the API server reaches it.
 
     Raises:
         ClusterError: they do not come up.
@@ -84,27 +92,29 @@ def fake_nodes(plane: ControlPlane, slot: int, count: int = 2) -> Iterator[None]
         stages = [*(kustomize / "stage/node/fast").glob("node-*.yaml")]
         stages += (kustomize / "stage/node/heartbeat-with-lease").glob("node-*.yaml")
         (plane.folder / "kwok.yaml").write_text("\n---\n".join(file.read_text() for file in stages))
-        [port] = free_ports(1)
+        [port] = free_ports(1, address)
         plane.programs.start(
             "kwok", BIN / "kwok", f"--kubeconfig={plane.kubeconfig}", "--config=kwok.yaml",
             "--manage-all-nodes=false", "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
             "--tls-cert-file=admin.crt", "--tls-private-key-file=admin.key", "--node-lease-duration-seconds=40",
-            "--node-ip=127.0.0.1", "--node-name=localhost", f"--node-port={port}", f"--server-address=127.0.0.1:{port}",
+            f"--node-ip={address}", "--node-name=localhost", f"--node-port={port}",
+            f"--server-address={address}:{port}",
             "--enable-crds=Attach,ClusterExec,Exec,Logs,PortForward",
             environment={"PATH": f"{PROGRAMS}:/usr/bin:/bin", "HOME": "/tmp"},  # what is exec'd is looked for there
         )  # fmt: skip
-        names = [f"gpu-{number}" for number in range(count)]
+        held.callback(plane.programs.kill, "kwok")
         for number, name in enumerate(names):
             plane.api.post("/api/v1/nodes", json=_node(name, pod_range(slot, number))).raise_for_status()
         plane.programs.start(
             "kubelet", sys.executable, "-m", "cluster.kubelet", plane.folder, plane.url, *names,
             environment={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
+        held.callback(plane.programs.kill, "kubelet")
         plane.until(lambda: all(map(_usable, _those(plane, names))), "the nodes are Ready")
         yield
 
 
-def _those(plane: ControlPlane, names: list[str]) -> list[dict[str, Any]]:
+def _those(plane: Cluster, names: Sequence[str]) -> list[dict[str, Any]]:
     return [one for one in plane.items("/api/v1/nodes") if one["metadata"]["name"] in names]
 
 

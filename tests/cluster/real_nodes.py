@@ -38,7 +38,7 @@ from .control_plane import (
     free_ports,
 )
 from .fake_nodes import GPUS
-from .slots import GROUPS, claimed_slot, folder_of, outer_link, ports
+from .slots import GROUPS, beyond, claimed_slot, fake_pods, folder_of, outer_link, ports
 
 PROGRAMS = ("kubelet", "kube-proxy", "coredns", "pause")
 SYSTEM = ("containerd", "runc", "nft", "ip", "unshare", "ctr")
@@ -349,6 +349,7 @@ class ControlPlaneIn(ControlPlane):
         for number in (1, 2):
             _call("ip", "addr", "add", f"10.252.{slot}.{number}/24", "dev", "outside")
         _call("ip", "link", "set", "outside", "up")
+        _call("ip", "route", "add", fake_pods(slot), "via", beyond(slot))
         pathlib.Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
         super().__init__(folder, ports(slot), address=f"10.252.{slot}.1", services=services)
 
@@ -365,6 +366,7 @@ class RealCluster(Cluster):
 
     def check(self) -> None:
         """Fail when its first process has ended, with what it said."""
+        super().check()
         _check(self._process, self.folder)
 
 
@@ -397,7 +399,7 @@ def real_cluster() -> Iterator[RealCluster]:
                 time.sleep(0.05)
             told = json.loads((folder / READY).read_text())
             cluster = RealCluster(folder, told["url"], process, names)
-            with cluster.api:
+            with cluster.api, contextlib.closing(cluster.programs):
                 yield cluster
         finally:
             process.kill()
@@ -420,7 +422,7 @@ def _started(folder: pathlib.Path, slot: int) -> subprocess.Popen[bytes]:
             time.sleep(0.01)
         link = outer_link(slot)
         _call("ip", "link", "add", link, "type", "veth", "peer", "name", "outside", "netns", str(children[0].pid))
-        _call("ip", "addr", "add", f"10.252.{slot}.254/24", "dev", link)
+        _call("ip", "addr", "add", f"{beyond(slot)}/24", "dev", link)
         _call("ip", "link", "set", link, "up")
         for network in (f"10.251.{slot * 4}.0/22", f"10.97.{slot}.0/24"):
             _call("ip", "route", "replace", network, "via", f"10.252.{slot}.1")

@@ -28,6 +28,11 @@ def outer_link(slot: int) -> str:
     return f"pdctl{slot}"
 
 
+def beyond(slot: int) -> str:
+    """Give this machine's address at the other end of that interface, as real nodes see it."""
+    return f"10.252.{slot}.254"
+
+
 def ports(slot: int) -> range:
     """Give the ports of a slot's control plane.
 

@@ -18,9 +18,11 @@ from support.requests import CHAT
 
 from .commands import VALUES, Pdctl
 from .control_plane import ClusterError
+from .fake_nodes import fake_nodes
 from .real_nodes import RealCluster, left_over, real_cluster, why_not
 from .releases import MODEL, Releases
-from .served import Served
+from .served import ENGINES_OF, ROUTER_OF, Served
+from .slots import beyond
 from .test_pdctl_story import everything
 
 pytestmark = pytest.mark.timeout(900)  # images are built for it
@@ -63,6 +65,13 @@ class OnRealNodes(Served):
         for one in [address] if address else self.releases.addresses(self.engines, role):
             told = httpx.post(f"http://{one}:{PORTS[role]}/sim/fault", json=fault, timeout=10, trust_env=False)
             assert told.status_code == 200, told.text
+
+    def alter(self, role: str, **container: Any) -> None:
+        """Give a role's pods another container behind the back of Helm, and wait until all have it."""
+        told = {"spec": {"template": {"spec": {"containers": [{"name": "vllm", **container}]}}}}
+        self.patch(f"deployment/{OF_ROLE[role]}", told)
+        self.releases.kubectl("rollout", "status", f"deployment/{OF_ROLE[role]}", seconds=120)
+        self.until_known(4, 4)
 
     def patch(self, what: str, patch: Any, kind: str = "strategic") -> None:
         """Change an object behind the back of Helm."""
@@ -128,8 +137,9 @@ def test_a_bench_through_a_forward_and_doctor_find_all_well(pdctl: Pdctl, served
     bench = pdctl.run("bench", "80", "8", "--input-len", "200", "--output-len", "10", "--output", "bench.json")
     bench.says(0, "SIMULATED engines", "Successful requests:                     80")
     pdctl.run("doctor").says(
-        0, "ok versions all engines are vLLM", "ok router → engines it finds all 8 well", "ok RDMA no pod asks for it",
-        "ok Services", "ok KV moves", "ok transfers", "ok ways", "ok logs", "ok restarts", "ok router's rights",
+        0, "ok versions all engines are vLLM", "ok router → engines all 2 routers find all 8 well",
+        "ok RDMA no pod asks for it", "ok Services", "ok KV moves", "ok transfers", "ok ways", "ok logs", "ok restarts",
+        "ok router's rights",
     )  # fmt: skip
 
 
@@ -193,13 +203,15 @@ def test_doctor_finds_a_restarted_prefill_engine_that_decode_engines_no_longer_r
 ) -> None:
     _out_of_memory(served, "prefill", served.releases.pods(ENGINES, "prefill")[0])
     served.until_known(4, 4)
+    for number in range(16):  # of one user, so both routers send them the same way, and learn how long it takes
+        assert served.chat(f"return {number} ", user="ann", stream=True).status_code == 200
     for address in served.releases.addresses(ENGINES, "prefill"):
-        served.fault("decode", kind="edge", host=address)
-    for number in range(8):  # of one user, so all go the same way
-        assert served.chat(f"return {number} ", user="ann").status_code == 200
+        served.fault("decode", kind="edge", host=address, seconds=4)
+    for number in range(16, 24):
+        assert served.chat(f"return {number} ", user="ann", stream=True).status_code == 200
     pdctl.run("doctor").says(
         1, "warn restarts prefill-", "fail stale agents prefill-", "warn transfers decode-", "failed_transfers",
-        "warn logs", "NIXL transfer failure: handshake_failed",
+        "warn logs", "NIXL transfer failure: handshake_failed", "fail ways", "closed: prefill-", "slow: ",
         "rollout --namespace e2e --restart decode",
     )  # fmt: skip
     served.fault("decode", kind="none")
@@ -210,7 +222,7 @@ def test_doctor_finds_engines_that_the_router_does_not_reach(pdctl: Pdctl, serve
     served.fault("decode", address, kind="refuse", seconds=45)
     router = next(iter(served.releases.addresses(ROUTER)))
     served.releases.cluster.until(lambda: address not in served.knows(router), "the router finds it ill")
-    pdctl.run("doctor").says(1, "fail router → engines decode-", "does not answer it", "NetworkPolicy")
+    pdctl.run("doctor").says(1, "fail router → engines decode-", "does not answer", "NetworkPolicy")
     unready = served.releases.cluster.until
     unready(lambda: address not in served.releases.addresses(ENGINES, "decode"), "its probe has failed")
     pdctl.run("doctor").says(1, "fail parts decode-")
@@ -228,7 +240,7 @@ def test_doctor_finds_a_service_without_pods_and_a_router_without_rights(pdctl: 
     served.patch(service, {"spec": {"selector": {"planted": None}}})
 
 
-def test_doctor_finds_pods_without_their_rdma_devices_another_version_and_a_namespace_that_lets_none_in(
+def test_doctor_finds_pods_without_their_rdma_devices_slow_transfers_and_a_namespace_that_lets_none_in(
     pdctl: Pdctl, served: OnRealNodes
 ) -> None:
     pdctl.run("rollout", "--restart", "router").says(0, "ready ")  # and the router's rights are back
@@ -239,12 +251,10 @@ def test_doctor_finds_pods_without_their_rdma_devices_another_version_and_a_name
         ]
         kind = {"Content-Type": "application/json-patch+json"}
         api.patch(f"/api/v1/nodes/{node}/status", json=patch, headers=kind).raise_for_status()
-    flags = f"{VALUES['engines']['env']['PD_SIM_FLAGS']} --vllm-version=0.31.0"
-    container = {
-        "name": "vllm", "env": [{"name": "PD_SIM_FLAGS", "value": flags}], "resources": {"limits": {"rdma/ib": "1"}},
-    }  # fmt: skip
-    served.patch(f"deployment/{OF_ROLE['decode']}", {"spec": {"template": {"spec": {"containers": [container]}}}})
-    served.releases.kubectl("rollout", "status", f"deployment/{OF_ROLE['decode']}", seconds=120)
+    served.alter("decode", resources={"limits": {"rdma/ib": "1"}})
+    served.fault("decode", kind="link", factor=50)
+    bench = pdctl.run("bench", "24", "4", "--input-len", "1000", "--output-len", "2")
+    bench.says(0, "Successful requests:                     24")
     # What the next pods would have: none comes while the Deployment is paused.
     locking = {"name": "vllm", "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}}}
     served.patch(
@@ -254,12 +264,50 @@ def test_doctor_finds_pods_without_their_rdma_devices_another_version_and_a_name
     served.releases.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
     pdctl.run("doctor").says(
         1, "fail RDMA decode-", "of 8 asked for rdma/ib and have nothing in /sys/class/infiniband",
-        "fail versions engines differ", "0.31.0: decode-", "fail pod security the namespace enforces restricted",
-        "asks for IPC_LOCK",
+        "warn speed of KV 0.", "rdma/ib is asked for, and this is what TCP does", "UCX_NET_DEVICES",
+        "fail pod security the namespace enforces restricted", "asks for IPC_LOCK",
     )  # fmt: skip
+    served.releases.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce-")
+
+
+def test_doctor_finds_decode_engines_that_read_no_kv_and_engines_of_another_version(
+    pdctl: Pdctl, served: OnRealNodes
+) -> None:
+    flags = VALUES["engines"]["env"]["PD_SIM_FLAGS"]
+    served.alter("decode", env=[{"name": "PD_SIM_FLAGS", "value": f"{flags} --no-kv-connector"}])
+    assert served.chat("def no(): ").status_code == 200
+    pdctl.run("doctor").says(
+        1, "fail KV moves", "decode engines read no KV: they compute all again", "logs decode --namespace e2e --grep"
+    )
+    served.alter("decode", env=[{"name": "PD_SIM_FLAGS", "value": f"{flags} --vllm-version=0.31.0"}])
+    pdctl.run("doctor").says(1, "fail versions engines differ", "0.31.0: decode-")
 
 
 def test_cleanup_leaves_nothing_of_it_in_the_cluster(pdctl: Pdctl, before: set[str]) -> None:
     cleaned = pdctl.run("cleanup", "-y", "--delete-namespace")
     cleaned.says(0, f"goes   release {ENGINES}", f"gone: {NAMESPACE}")
     assert everything(pdctl.plane, NAMESPACE) == before
+
+
+def test_engines_on_fake_and_on_real_nodes_serve_under_one_control_plane(real: RealCluster) -> None:
+    image = {of: dict(zip(("repository", "tag"), real.images[of].rsplit(":", 1), strict=True)) for of in real.images}
+    real.run("kubectl", "create", "namespace", "mixed")
+    releases = Releases(real, "mixed")
+    served = OnRealNodes(releases, ENGINES_OF, ROUTER_OF)
+    on = {
+        role: {"replicas": 1, "resources": SMALL, "nodeSelector": {"kubernetes.io/hostname": node}}
+        for role, node in (("prefill", "fake-0"), ("decode", "gpu-0"))
+    }
+    with fake_nodes(real, real.slot, ["fake-0"], beyond(real.slot)):
+        releases.engines(ENGINES_OF, 1, 1, image=image["simulator"], **on)
+        releases.router(ROUTER_OF, ENGINES_OF, image=image["router"], resources=SMALL)
+        releases.until_ready(ENGINES_OF, 2)
+        releases.until_ready(ROUTER_OF, 1)
+        served.until_known(1, 1)
+        assert served.chat().status_code == 200
+        [decode] = releases.addresses(ENGINES_OF, "decode")
+        transfers = httpx.get(f"http://{decode}:8200/sim/state", trust_env=False).json()["transfers"]
+        assert [way["transfers"] for way in transfers] == [1], "KV went from the fake node to the real one"
+        for pod in releases.pods(ENGINES_OF):
+            assert releases.kubectl("logs", pod["metadata"]["name"])
+        real.run("kubectl", "delete", "namespace", "mixed")

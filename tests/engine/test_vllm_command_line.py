@@ -33,6 +33,9 @@ def test_flags_mean_what_they_mean_to_vllm() -> None:
     )
     assert (made.kv_lease_duration, made.kv_load_failure_policy, made.shutdown_timeout) == (12, "recompute", 7)
     assert (made.side_channel_host, made.side_channel_port, made.speed) == ("10.0.0.7", 5601, 3)
+    assert not made.no_kv_connector
+    alone = vllm.simulated(vllm.parser().parse_args(["org/model"]), {})
+    assert app.parser().parse_args(alone).no_kv_connector, "vLLM moves no KV unless it is told by what"
 
 
 def test_the_rendered_deployment_is_understood() -> None:

@@ -14,7 +14,7 @@ from engines.asking import chat, fresh, ids, text
 from engines.real import BLOCK, STARTS, Engines, Installation, RealEngine
 from support.answers import told
 from support.processes import Process, router, until
-from support.requests import COMPLETIONS, completion
+from support.requests import COMPLETIONS, WANT_TICKET, completion
 
 pytestmark = pytest.mark.timeout(STARTS + 300)
 # vLLM 0.32 on a CPU dies of a seed where prompts take more than one step ("CPU Generator does not use offset").
@@ -104,6 +104,15 @@ def test_the_bytes_that_move_are_the_blocks_of_the_prompts(engines: Engines, rou
     blocks = 2 * sum(-(-length // BLOCK) for length in lengths)
     wanted = blocks * engines.installation.block_bytes
     until(lambda: moved() - before == wanted, 20, f"{wanted} bytes, not {moved() - before}")
+
+
+def test_an_engine_without_a_connector_passes_over_tickets_and_gives_none(engines: Engines) -> None:
+    want = completion(fresh(), max_tokens=1, kv_transfer_params=WANT_TICKET)
+    assert engines.plain.post(COMPLETIONS, want, timeout=200).json()["kv_transfer_params"] is None
+    ticket = engines.prefill.post(COMPLETIONS, want, timeout=200).json()["kv_transfer_params"]
+    body = completion(want["prompt"], kv_transfer_params=ticket)
+    texts = [told(one.post(COMPLETIONS, body, timeout=200)) for one in (engines.plain, engines.decodes[0])]
+    assert texts[0] == texts[1]
 
 
 def test_after_many_requests_nothing_is_held_expired_or_failed(engines: Engines, routed: Process) -> None:

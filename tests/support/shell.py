@@ -1,16 +1,15 @@
 """pdctl at a command line, with state and data folders of its own."""
 
-import fcntl
 import json
 import os
-import pty
 import subprocess
 import sys
-import termios
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from support.terminal import at_terminal
 
 PDCTL = [sys.executable, "-m", "pdctl"]
 
@@ -40,14 +39,7 @@ class Shell:
 
     def in_terminal(self, *arguments: str) -> tuple[subprocess.Popen[bytes], int]:
         """Start a command in a terminal of its own; give it, and the descriptor that closes the terminal."""
-        window, terminal = pty.openpty()
-        process = subprocess.Popen(
-            [*PDCTL, *arguments], env=self.environment, stdin=terminal, stdout=terminal, stderr=terminal,
-            cwd=self.state.parent, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 no other thread holds a lock
-        )  # fmt: skip
-        os.close(terminal)
-        return process, window
+        return at_terminal([*PDCTL, *arguments], self.environment, self.state.parent)
 
     def processes(self) -> list[psutil.Process]:
         """Everything that runs for deployments of this shell."""

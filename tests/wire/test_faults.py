@@ -40,10 +40,14 @@ def handed(engines: dict[str, Process], prefill: str, decode: str) -> tuple[http
     return answer, text_of(engines["plain"].post(COMPLETIONS, completion(text)))
 
 
-def failed_transfers(one: Process) -> float:
+def counted(one: Process, metric: str) -> float:
     page = httpx.get(one.url + "/metrics").text
-    (row,) = [row for row in page.splitlines() if row.startswith("vllm:nixl_num_failed_transfers_total{")]
+    (row,) = [row for row in page.splitlines() if row.startswith(f"vllm:nixl_{metric}{{")]
     return float(row.split()[-1])
+
+
+def failed_transfers(one: Process) -> float:
+    return counted(one, "num_failed_transfers_total")
 
 
 def test_a_broken_edge_fails_only_the_pair_that_it_joins(engines: dict[str, Process]) -> None:
@@ -70,6 +74,35 @@ def test_behind_a_broken_edge_the_prompt_is_computed_again_and_the_ticket_stays_
     assert text_of(answer) == right
     assert far.get("/sim/state")["tickets"] == 1
     lenient.post("/sim/fault", {"kind": "none"})
+
+
+def test_a_slow_link_shows_in_the_time_of_transfers_and_harms_no_text(engines: dict[str, Process]) -> None:
+    def lasted() -> float:
+        before = counted(engines["other"], "xfer_time_seconds_sum")
+        answer, right = handed(engines, "near", "other")
+        assert text_of(answer) == right
+        return counted(engines["other"], "xfer_time_seconds_sum") - before
+
+    usual = lasted()
+    engines["other"].post("/sim/fault", {"kind": "link", "factor": 40})
+    slow = lasted()
+    engines["other"].post("/sim/fault", {"kind": "none"})
+    assert 30 < slow / usual < 50
+    assert lasted() < 2 * usual
+
+
+def test_an_engine_without_a_connector_passes_over_tickets_and_gives_none(engines: dict[str, Process]) -> None:
+    text = fresh()
+    with engine("both", "--speed", "20", "--no-kv-connector") as alone:
+        first = alone.post(COMPLETIONS, completion(text, max_tokens=1, kv_transfer_params=WANT_TICKET))
+        assert (first.status_code, first.json()["kv_transfer_params"]) == (200, None)
+        ticket = engines["near"].post(COMPLETIONS, completion(text, max_tokens=1, kv_transfer_params=WANT_TICKET))
+        told = ticket.json()["kv_transfer_params"]
+        right = text_of(engines["plain"].post(COMPLETIONS, completion(text)))
+        assert text_of(alone.post(COMPLETIONS, completion(text, kv_transfer_params=told))) == right
+        assert counted(alone, "bytes_transferred_count") == 0
+        assert engines["near"].get("/sim/state")["tickets"] == 1
+    assert text_of(engines["other"].post(COMPLETIONS, completion(text, kv_transfer_params=told))) == right
 
 
 def test_a_broken_edge_is_nobodys_violation(engines: dict[str, Process]) -> None:

@@ -19,7 +19,7 @@ from pdctl.commands.loads import client_of, slos_of, workload_of
 from pdctl.commands.options import Context, Json, Name, Namespace
 from pdctl.commands.progress import counted
 from pdctl.console import err, out, print_json
-from pdctl.errors import ExitCode, PdctlError
+from pdctl.errors import ExitCode, PdctlError, check_writable
 from pdctl.interrupt import interruptible
 from pdctl.runs import Run, Store
 from pdctl.runs.setting import Place, command, machine, placed, versions
@@ -84,6 +84,7 @@ def bench(
 
     Exit status 1 when a request failed. Interrupted, it reports what it has; within a cluster it goes on, see --attach.
     """
+    check_writable(output, "--output")
     if attach:
         _attach(label, output, json)
         return

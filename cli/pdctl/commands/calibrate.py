@@ -16,7 +16,7 @@ from rich.table import Table
 from pdctl.commands.options import Json
 from pdctl.commands.virtual import Gpu, profile_of
 from pdctl.console import err, out, print_json
-from pdctl.errors import PdctlError
+from pdctl.errors import PdctlError, check_writable
 from pdsim.timing.calibrate import Measured, fit
 
 LENGTHS = (256, 1024, 2048, 4096, 8192, 16384)
@@ -41,6 +41,7 @@ def calibrate(
 
     Transfers and frontends stay as in the profile named by --gpu. Takes a minute or two.
     """
+    check_writable(output, "--output")
     basis = profile_of(gpu)
     base = url.rstrip("/").removesuffix("/v1")
     try:

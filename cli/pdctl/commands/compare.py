@@ -27,7 +27,7 @@ from pdctl.compare.live import compare as take_turns
 from pdctl.compare.live import fleet
 from pdctl.compare.told import Comparison, comparison, title
 from pdctl.console import err, out, print_json
-from pdctl.errors import ExitCode, PdctlError
+from pdctl.errors import ExitCode, PdctlError, check_writable
 from pdctl.evals import difference as scores
 from pdctl.interrupt import interruptible
 from pdctl.report.write import write
@@ -102,6 +102,8 @@ def compare(
     Loads that differ are refused.
     """
     if routers is None and resume is None:
+        if report is not None:
+            raise PdctlError("--report goes with --routers", "pdctl report RUN writes a run's page", ExitCode.USAGE)
         runs = [Store().find(one) for one in names or ()]
         if len(runs) > 1 and any(run.kind == "eval" for run in runs):
             _evaluations(runs, json)
@@ -118,6 +120,7 @@ def compare(
         check_alike(runs)
         _show(comparison(runs), json)
         return
+    check_writable(report, "--report")
     programs = Programs(llm_d_epp, llm_d_sidecar)
     if resume is not None:
         run = _resumed(resume)

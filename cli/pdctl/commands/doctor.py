@@ -1,6 +1,7 @@
 """`pdctl doctor`: is everything as it should be, and if not, what to do."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -63,20 +64,34 @@ def _gather(target: Target) -> Facts:
             lines.setdefault(member, []).append(line)
     return Facts(
         target.flags, health, routing, versions, pages,
-        None if workers is None else {one["url"]: one for one in workers["workers"]},
+        [{one["url"]: one for one in told["workers"]} for told in workers],
         _edges(edges, names, routing),
         lines, target.rdma, target.checks(),
     )  # fmt: skip
 
 
-def _edges(told: Any | None, names: dict[str, str], routing: Routing | None) -> list[dict[str, Any]]:
-    """Give what is known of each way: from a router's admin port, else from its metrics, which tell no errors."""
-    if told is not None:
-        return [
-            edge | {end: names.get(edge[end], edge[end]) for end in ("prefill", "decode")} for edge in told["edges"]
-        ]
+def _edges(told: list[Any], names: dict[str, str], routing: Routing | None) -> list[dict[str, Any]]:
+    """Give what is known of each way: from the routers' admin ports, else from their metrics, which tell no errors."""
+    if told:
+        ways = _merged(edge for router in told for edge in router["edges"])
+        return [way | {end: names.get(way[end], way[end]) for end in ("prefill", "decode")} for way in ways]
     known = {} if routing is None else routing.edges
     return [
         {"prefill": prefill, "decode": decode, "failures": 0, **asdict(edge)}
         for (prefill, decode), edge in known.items()
     ]
+
+
+def _merged(edges: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put together what several routers know of a way; it counts as its worst."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for edge in edges:
+        way = found.setdefault((edge["prefill"], edge["decode"]), edge)
+        if way is edge:
+            continue
+        way["handoffs"] += edge["handoffs"]
+        way["closed"] |= edge["closed"]
+        way["failures"] = max(way["failures"], edge["failures"])
+        way["seconds"] = max(way["seconds"], edge["seconds"])
+        way["last_error"] = way["last_error"] or edge["last_error"]
+    return list(found.values())

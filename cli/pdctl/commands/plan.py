@@ -29,7 +29,7 @@ from pdctl.commands.virtual import (
     told_source,
 )
 from pdctl.console import err, out, print_json
-from pdctl.errors import PdctlError
+from pdctl.errors import PdctlError, check_writable
 from pdsim.virtual.figures import Slo, over_seeds
 from pdsim.virtual.fleet import Setup
 from pdsim.virtual.judge import Case
@@ -74,6 +74,7 @@ def plan(
     Says what to expect of them, where they saturate, and what to change first when more comes. All figures are
     simulated. Exit status 1 when --max-gpus is not enough.
     """
+    check_writable(emit_values, "--emit-values")
     known_policy(policy)
     source = told_source(trace, parts(part), False, rate, requests, input_len, output_len)
     slo = Slo(slo_ttft, slo_itl)

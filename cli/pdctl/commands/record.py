@@ -8,7 +8,7 @@ import httpx
 import typer
 
 from pdctl.console import bytes_text, err, out
-from pdctl.errors import ExitCode, PdctlError
+from pdctl.errors import ExitCode, PdctlError, check_writable
 
 
 class Action(StrEnum):
@@ -54,6 +54,7 @@ def _asked(client: httpx.Client, method: str, path: str) -> Any:
 
 
 def _fetch(client: httpx.Client, output: Path) -> None:
+    check_writable(output, "--output")
     files = _asked(client, "GET", "/record")["files"]
     lines = 0
     with output.open("w", encoding="utf-8") as file:

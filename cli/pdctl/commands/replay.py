@@ -35,7 +35,7 @@ from pdctl.commands.virtual import (
     told_source,
 )
 from pdctl.console import err, out, print_json
-from pdctl.errors import ExitCode, PdctlError
+from pdctl.errors import check_writable
 from pdctl.report.replayed import COMPARED, gathered, sentences
 from pdctl.report.write import save
 from pdctl.runs.setting import command
@@ -79,6 +79,8 @@ def replay(
 
     All figures are simulated, in virtual time, by the timing model of the simulated engines.
     """
+    check_writable(output, "--output")
+    check_writable(report, "--report")
     names = list(POLICIES) if policy == "all" else [name.strip() for name in policy.split(",")]
     for name in {part for pair in [*names, *([baseline] if baseline else [])] for part in pair.split("/")}:
         known_policy(name)
@@ -101,12 +103,7 @@ def replay(
         output.write_bytes(orjson.dumps(told | {"runs": runs}, option=orjson.OPT_INDENT_2))
     if report is not None:
         page = gathered(told, [*LABELS, *COLUMNS], _rows(told), _facts(gpu, kv_tokens, text, link_gbps), command())
-        try:
-            save(page, report)
-        except OSError as error:
-            raise PdctlError(
-                f"{report} cannot be written: {error.strerror}", "choose another --report", ExitCode.USAGE
-            ) from None
+        save(page, report)
     if json:
         print_json(told)
         return

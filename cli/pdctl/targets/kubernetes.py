@@ -345,9 +345,13 @@ class KubernetesTarget:
         return found
 
     def _workers(self) -> dict[str, dict[str, Any]]:
-        """Give what a router knows of each engine, by URL."""
-        told = self.admin("/list_workers")
-        return {} if told is None else {one["url"]: one for one in told["workers"]}
+        """Give what routers know of each engine, by URL: the first one's view, with the requests of all."""
+        known: dict[str, dict[str, Any]] = {}
+        for one in (one for told in self.admin("/list_workers") for one in told["workers"]):
+            first = known.setdefault(one["url"], one)
+            if first is not one:
+                first["in_flight"] += one["in_flight"]
+        return known
 
     def routing(self) -> Routing:
         """Tell who served whom."""
@@ -416,13 +420,11 @@ class KubernetesTarget:
         engines = [pod for pod in pods if pod.role in ("prefill", "decode") and pod.ip]
         return {short(pod): f"http://{pod.ip}:{self._engine_port(pod.role)}" for pod in engines}
 
-    def admin(self, path: str) -> Any | None:
-        """Give what a router's admin port answers, None where it cannot be asked."""
-        for pod in self._observer.last.of_role("router"):
-            if pod.phase is Phase.READY:
-                told = self._fetch(pod, int(self._settings["admin_port"]), path)
-                return None if told is None else orjson.loads(told)
-        return None
+    def admin(self, path: str) -> list[Any]:
+        """Give what the admin port of each router answers that can be asked."""
+        routers = [pod for pod in self._observer.last.of_role("router") if pod.phase is Phase.READY]
+        told = self._fetch_all([(pod, int(self._settings["admin_port"]), path) for pod in routers])
+        return [orjson.loads(one) for one in told if one is not None]
 
     @property
     def rdma(self) -> str | None:

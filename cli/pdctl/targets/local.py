@@ -333,9 +333,9 @@ class LocalTarget:
         """Give the URL by which the router knows each engine, by member."""
         return {one.name: one.url for one in self._deployment.engines}
 
-    def admin(self, path: str) -> Any | None:
+    def admin(self, path: str) -> list[Any]:
         """The local router has no admin port."""
-        return None
+        return []
 
     def checks(self) -> list[Check]:
         """Whether the supervisor runs, without which nobody notes how processes end."""

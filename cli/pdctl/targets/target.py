@@ -165,8 +165,8 @@ class Target(Protocol):
     def urls(self) -> dict[str, str]:
         """Give the URL by which the router knows each engine, by member."""
 
-    def admin(self, path: str) -> Any | None:
-        """Give what a router's admin port answers, None where it cannot be asked."""
+    def admin(self, path: str) -> list[Any]:
+        """Give what the admin port of each router answers that can be asked."""
 
     def checks(self) -> list[Check]:
         """Make the checks that only this place can make."""

@@ -172,9 +172,11 @@ class Canary:
 
     async def _over(self, prefill: Engine, decode: Engine, body: dict[str, Any]) -> bytes:
         desk = self._desk
+        asked = desk.loop.time()
         answer = await self._ask(prefill, prefill_leg(body))
         try:
-            ticket = read_ticket(answer, prefill, decode, body.get("model"), desk.pool.arrivals.earliest(), desk.lease)
+            came = desk.pool.arrivals.earliest(asked)
+            ticket = read_ticket(answer, prefill, decode, body.get("model"), came, desk.lease)
         except TicketError as error:
             raise CanaryError(f"{prefill.url} gave no usable ticket: {error}") from None
         desk.issued(ticket, 0)

@@ -338,7 +338,7 @@ class Pair(Handoff):
             return
         assert self._decode is not None
         try:
-            came = max(desk.pool.arrivals.earliest(), leg.asked)
+            came = desk.pool.arrivals.earliest(leg.asked)
             ticket = read_ticket(body, engine, self._decode, self._body.get("model"), came, desk.lease)
         except TicketError as error:
             desk.fleet.failed(engine, "ticket")

@@ -82,7 +82,7 @@ class Unwanted(Handoff):
             desk.fleet.ended(engine, status)
             return
         with suppress(TicketError):
-            came = max(desk.pool.arrivals.earliest(), self._asking.leg.asked)
+            came = desk.pool.arrivals.earliest(self._asking.leg.asked)
             ticket = read_ticket(body, engine, self._decode, self._model, came, desk.lease)
             desk.fleet.succeeded(engine)
             desk.issued(ticket, self._tokens)

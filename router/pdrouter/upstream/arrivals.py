@@ -23,10 +23,14 @@ class Arrivals:
         self._before, self._last = self._last, self._loop.time()
         self._timer = self._loop.call_later(_EVERY, self._look)
 
-    def earliest(self) -> float:
-        """Give the loop time at which what is read now may have come at the earliest; now, if the loop has run."""
+    def earliest(self, asked: float) -> float:
+        """Give the loop time at which what is read now may have come at the earliest; now, if the loop has run.
+
+        Args:
+            asked: loop time at which it was asked for: it cannot have come before.
+        """
         now = self._loop.time()
-        return now if now - self._before < _LATE else self._before
+        return now if now - self._before < _LATE else max(self._before, asked)
 
     def close(self) -> None:
         """Look no more."""

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdsim.engine.answers import DONE, Answer, ChatAnswer, Choice, CompletionAnswer, Head, usage
-from pdsim.engine.engine import Engine
+from pdsim.engine.engine import UNREACHABLE_SECONDS, Engine
 from pdsim.engine.faults import Fault, FaultKind
 from pdsim.engine.protocol import (
     ChatRequest,
@@ -190,6 +190,8 @@ class Api:
         prefix = "cmpl" if kind is CompletionRequest else "chatcmpl"
         self._watch_protocol(body, raw, f"{prefix}-{public_id}")
         check_body(body)
+        if not self.engine.settings.connector:
+            body.kv_transfer_params = None
         try:
             sequences, answer = self._prepare(http, body, f"{prefix}-{public_id}", arrival)
             self.engine.submit(sequences, is_text(body))
@@ -510,11 +512,14 @@ class Api:
             case FaultKind.LATE_ANSWER:
                 self._late = fault.seconds
             case FaultKind.EDGE:
-                engine.broken_edges.add((fault.host, fault.port))
+                tries = fault.seconds or UNREACHABLE_SECONDS / engine.settings.speed
+                engine.broken_edges[fault.host, fault.port] = tries
+            case FaultKind.LINK:
+                engine.link_slowdown = fault.factor
             case FaultKind.ALLOCATE:
                 self._ballast = b"\x01" * fault.bytes  # not zeroes, which would take no memory
             case FaultKind.NONE:
-                engine.slowdown = 1.0
+                engine.slowdown = engine.link_slowdown = 1.0
                 engine.drop_remote_request_id = 0
                 engine.broken_edges.clear()
                 self._late = 0.0

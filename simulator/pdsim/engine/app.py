@@ -49,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--num-gpu-blocks", type=int, help="KV blocks (as many as the profile's GPU has room for)")
     made.add_argument("--max-model-len", type=int, default=131_072, help="tokens of prompt and answer (131072)")
     made.add_argument("--max-num-seqs", type=int, default=1024, help="sequences that run at once (1024)")
+    made.add_argument(
+        "--no-kv-connector", action="store_true", help="pass over tickets and give none, as vLLM does without NIXL"
+    )
     made.add_argument("--kv-lease-duration", type=float, default=30.0, help="seconds until uncollected KV expires (30)")
     made.add_argument(
         "--kv-load-failure-policy", choices=["fail", "recompute"], default="recompute",
@@ -178,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_blocks=blocks + 1,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
+        connector=not options.no_kv_connector,
         lease_duration=options.kv_lease_duration,
         load_failure_policy=options.kv_load_failure_policy,
         side_channel_host=options.side_channel_host or options.host,

@@ -35,7 +35,11 @@ GIVE_UP_LAG_SECONDS = 0.25  # further behind than this, the clock starts anew: t
 
 
 class BrokenEdgeError(Exception):
-    """A fault that was asked for: this engine does not reach that side channel."""
+    """A fault that was asked for: this engine does not reach that side channel, and tries for so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class EngineSettings:
     num_blocks: int = 7187
     max_model_len: int = 131_072
     max_num_seqs: int = 1024
+    connector: bool = True
     lease_duration: float = 30.0
     load_failure_policy: str = "recompute"
     side_channel_host: str = "127.0.0.1"
@@ -101,10 +106,10 @@ class Engine:
         self.metrics = EngineMetrics(settings, self)
         self.clock = Clock()
         self.dead = False
-        self.slowdown = 1.0
+        self.slowdown = self.link_slowdown = 1.0
         self.hanging = False
         self.drop_remote_request_id = 0
-        self.broken_edges: set[tuple[str, int]] = set()
+        self.broken_edges: dict[tuple[str, int], float] = {}  # seconds until a read fails
         self.transfers: dict[tuple[str, int, str], list[int]] = {}
         self.on_death: Callable[[], None] = lambda: None
         self._random = random.Random(settings.seed)
@@ -529,11 +534,11 @@ class Engine:
         self._in_flight_transfers += 1
         try:
             tokens = sequence.external_tokens
-            seconds = self.settings.profile.transfer_seconds(tokens, self._in_flight_transfers - 1)
+            seconds = self.settings.profile.transfer_seconds(tokens, self._in_flight_transfers - 1) * self.link_slowdown
             begin = self._loop.time()
             remote = self._remote(params)
             if (remote.host, remote.port) in self.broken_edges:
-                raise BrokenEdgeError
+                raise BrokenEdgeError(self.broken_edges[remote.host, remote.port])
             if params["remote_engine_id"] == self.engine_id:
                 raise RemoteUnreachableError("an engine does not fetch from itself", at_once=True)
             answer = await remote.read(params["remote_engine_id"], str(params["remote_request_id"]), ids)
@@ -551,9 +556,9 @@ class Engine:
             self.violations.add(Rule.TICKET_ALTERED, sequence.request_id, remote_block_ids=ids)
             self.die()
             return
-        except BrokenEdgeError:  # as below, but nothing that the router did: no violation
+        except BrokenEdgeError as error:  # as below, but nothing that the router did: no violation
             self._failed(sequence, params, "this engine does not reach that side channel")
-            await asyncio.sleep(UNREACHABLE_SECONDS / self.settings.speed)
+            await asyncio.sleep(error.seconds)
         except RemoteUnreachableError as error:
             fields = {key: params[key] for key in TICKET_KEYS}
             self.violations.add(Rule.TICKET_UNREACHABLE, sequence.request_id, reason=str(error), **fields)

@@ -19,7 +19,8 @@ class FaultKind(StrEnum):
     EXPIRE_LEASES = "expire_leases"  # every lease of this engine ends now
     DROP_REMOTE_REQUEST_ID = "drop_remote_request_id"  # the next `count` tickets lack it
     LATE_ANSWER = "late_answer"  # whole answers go out `seconds` after the engine core has finished them
-    EDGE = "edge"  # this engine no longer reaches the side channel at `host`:`port`; both ends are well otherwise
+    EDGE = "edge"  # this engine no longer reaches the side channel at `host`:`port`, which takes it `seconds` to learn
+    LINK = "link"  # reading KV lasts `factor` times as long
     ALLOCATE = "allocate"  # this process holds `bytes` more memory; above its limit, the system kills it
     NONE = "none"  # all faults end
 
@@ -31,7 +32,7 @@ class Fault(BaseModel):
 
     kind: FaultKind
     count: int = Field(1, ge=1)
-    seconds: float = Field(0.0, ge=0)
+    seconds: float = Field(0.0, ge=0)  # of an edge: 0 for as long as NIXL tries
     factor: float = Field(10.0, gt=0)
     code: int = Field(500, ge=400, le=599)
     after_tokens: int = Field(3, ge=0)

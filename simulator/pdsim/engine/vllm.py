@@ -63,6 +63,8 @@ def simulated(options: argparse.Namespace, environment: Mapping[str, str]) -> li
         "--kv-load-failure-policy": transfer.get("kv_load_failure_policy", "fail"),
     }
     flags = [f"{name}={value}" for name, value in told.items() if value is not None]
+    if "kv_connector" not in transfer:
+        flags.append("--no-kv-connector")
     return flags + shlex.split(environment.get(SIMULATED_FLAGS, ""))
 
 
