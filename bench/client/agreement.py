@@ -118,7 +118,9 @@ def main() -> int:
     parser.add_argument("--vllm", default=os.environ.get("VLLM"), help="the program vllm; none: without it")
     parser.add_argument("--no-aiperf", action="store_true", help="without AIPerf")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--speed", default="1", help="of the simulated engines")
+    parser.add_argument(
+        "--speed", default="0.5", help="of the simulated engines; they and the clients share this machine's cores"
+    )
     parser.add_argument("--cost-only", action="store_true", help="only what a token costs")
     parser.add_argument("options", nargs="*", help="of pdctl bench, after --")
     told = parser.parse_args()
@@ -130,13 +132,14 @@ def main() -> int:
     if told.cost_only:
         return 0
     others = ["vllm"] * bool(told.vllm) + ["aiperf"] * (not told.no_aiperf)
-    options = told.options or ["200", "8", "--input-len", "500", "--output-len", "100"]
+    options = told.options or ["150", "4", "--input-len", "500", "--output-len", "60"]
     pdctl("deploy", "--local", "--name", NAME, "--prefill", "2", "--decode", "2", "--speed", told.speed, "-y")
     try:
         measured = rounds(told.rounds, others, told.vllm or "", options)
     finally:
         pdctl("cleanup", "--name", NAME, "-y")
-    print(f"SIMULATED 2 + 2 engines; pdctl bench {' '.join(options)}; medians of {told.rounds} rounds in turn")
+    print(f"SIMULATED 2 + 2 engines at {told.speed} of an H200's speed; medians of {told.rounds} rounds in turn")
+    print(f"pdctl bench {' '.join(options)}")
     print(f"{'':<20}{'pdctl':>12}" + "".join(f"{other:>12}{'off':>9}" for other in others) + f"{'most':>8}")
     good = True
     for key, most in JUDGED.items():

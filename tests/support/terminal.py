@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import termios
@@ -55,17 +56,17 @@ class Terminal:
         """What stands there now."""
         return "\n".join(line.rstrip() for line in self._screen.display).rstrip()
 
-    def until(self, words: str, seconds: float = 60) -> None:
-        """Wait until it shows these words.
+    def until(self, pattern: str, seconds: float = 60) -> None:
+        """Wait until it shows what a regular expression finds.
 
         Raises:
-            AssertionError: it has ended without them, or does not show them in time.
+            AssertionError: it has ended without that, or does not show it in time.
         """
         deadline = time.monotonic() + seconds
-        while words not in self.text:
+        while not re.search(pattern, self.text):
             ended = self.process.poll() is not None and not self._reader.is_alive()
             if ended or time.monotonic() > deadline:
-                raise AssertionError(f"{words!r} is not shown: {self.text}")
+                raise AssertionError(f"{pattern!r} is not shown: {self.text}")
             time.sleep(0.05)
 
     def type(self, keys: str) -> None:

@@ -16,10 +16,11 @@ from pdctl.cluster.identity import check_cluster
 from pdctl.cluster.releases import image_sets
 from pdctl.cluster.screen import counts, finding_lines
 from pdctl.commands.deploy_kubernetes import Screen
-from pdctl.commands.options import Context, Needed
+from pdctl.commands.options import Context, Namespace
 from pdctl.console import err, out
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.podstate import Verdict
+from pdctl.targets.found import in_cluster
 
 Sets = Callable[[Cluster], Awaitable[dict[str, list[str]]]]
 
@@ -29,27 +30,28 @@ Timeout = Annotated[float, typer.Option(help="Seconds until everything must be r
 
 def scale(
     counts_by_role: Annotated[list[str], typer.Argument(metavar="ROLE=COUNT…", help="Such as prefill=6 decode=10.")],
-    namespace: Needed,
+    namespace: Namespace = None,
     context: Context = None,
     timeout: Timeout = 3000.0,
 ) -> None:
     """Change numbers of engines or routers and wait until they are so. Pods that go finish what they have."""
     wanted = [_count(text) for text in counts_by_role]
+    where = in_cluster(namespace, "scale")
 
     async def sets(cluster: Cluster) -> dict[str, list[str]]:
         told: dict[str, list[str]] = {}
         for role, count in wanted:
-            before = await scalable(cluster, namespace, role)
+            before = await scalable(cluster, where, role)
             err.print(Text(f"{role}: {before} → {count}"))
             part, key = ("router", "replicas") if role == "router" else ("engines", f"{role}.replicas")
             told.setdefault(part, []).append(f"{key}={count}")
         return told
 
-    _run(namespace, context, "scale", timeout, sets)
+    _run(where, context, "scale", timeout, sets)
 
 
 def rollout(
-    namespace: Needed,
+    namespace: Namespace = None,
     context: Context = None,
     image: Annotated[str | None, typer.Option(help="Another image of the engines.", show_default=False)] = None,
     sets: Annotated[
@@ -81,7 +83,7 @@ def rollout(
     async def same(cluster: Cluster) -> dict[str, list[str]]:
         return told
 
-    _run(namespace, context, "rollout", timeout, same)
+    _run(in_cluster(namespace, "rollout"), context, "rollout", timeout, same)
 
 
 def _count(text: str) -> tuple[str, int]:

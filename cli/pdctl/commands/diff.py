@@ -13,15 +13,16 @@ from pdctl.cluster.helm import Helm, find_helm
 from pdctl.cluster.identity import check_cluster
 from pdctl.cluster.releases import Asked, releases
 from pdctl.commands import wishes
-from pdctl.commands.options import Context, Needed
+from pdctl.commands.options import Context, Namespace
 from pdctl.console import err, out
 from pdctl.errors import ExitCode
+from pdctl.targets.found import in_cluster
 
 COLOURS = {"create": "green", "change": "yellow", "remove": "red", "refused": "bold red"}
 
 
 def diff(
-    namespace: Needed,
+    namespace: Namespace = None,
     context: Context = None,
     prefill: wishes.Prefill = None,
     decode: wishes.Decode = None,
@@ -34,7 +35,7 @@ def diff(
     """Show what deploy would change, by the server's own dry run. Exit status 2 when there are differences."""
     take_token()
     asked = wishes.asked(model, network, files, sets, prefill, decode, image)
-    found = asyncio.run(_differences(asked, namespace, context))
+    found = asyncio.run(_differences(asked, in_cluster(namespace, "diff"), context))
     for one in found:
         out.print(Text.assemble((one.verb, COLOURS[one.verb]), f" {one.kind}/{one.name}"), soft_wrap=True)
         for line in one.lines:

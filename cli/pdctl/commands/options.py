@@ -33,7 +33,3 @@ Context = Annotated[
 Output = Annotated[Format, typer.Option("--output", "-o", envvar="PDCTL_OUTPUT", help="How data is printed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-Needed = Annotated[
-    str,
-    typer.Option("--namespace", "-n", envvar="PDCTL_NAMESPACE", help="Namespace of a deployment on Kubernetes."),
-]

@@ -39,6 +39,21 @@ def choose(name: str | None, namespace: str | None) -> tuple[str | None, str | N
     return (None, there[0]) if there else (LOCAL, None)
 
 
+def in_cluster(namespace: str | None, verb: str) -> str:
+    """Give the namespace that a command of Kubernetes means: the one that is named, else the only one that is known.
+
+    Raises:
+        PdctlError: none is known, or several are.
+    """
+    _, found = choose(None, namespace)
+    if found is None:
+        raise PdctlError(
+            f"{verb} is for a deployment on Kubernetes, and none is known", "say where it is: --namespace",
+            ExitCode.USAGE,
+        )  # fmt: skip
+    return found
+
+
 def find(name: str | None, namespace: str | None, context: str | None) -> Target:
     """Find a deployment.
 
