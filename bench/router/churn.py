@@ -670,7 +670,7 @@ def main() -> None:
     """Run, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="how long; 600 (default) are a day's churn")
-    parser.add_argument("--workers", type=int, default=1, help="worker processes of the router (default 1)")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes of the router (default 2)")
     parser.add_argument("--policy", default="pd_cost", help="how engines are chosen (default pd_cost)")
     parser.add_argument("--seed", type=int, default=1, help="of what happens when (default 1)")
     parser.add_argument("--router", default=f"{sys.executable} -m pdrouter", help="the program to run")

@@ -20,6 +20,7 @@ from .commands import VALUES, Pdctl
 from .control_plane import ClusterError
 from .fake_nodes import fake_nodes
 from .real_nodes import RealCluster, left_over, real_cluster, why_not
+from .releases import ENGINES as TINY
 from .releases import MODEL, Releases
 from .served import ENGINES_OF, ROUTER_OF, Served
 from .slots import beyond
@@ -299,7 +300,7 @@ def test_engines_on_fake_and_on_real_nodes_serve_under_one_control_plane(real: R
         for role, node in (("prefill", "fake-0"), ("decode", "gpu-0"))
     }
     with fake_nodes(real, real.slot, ["fake-0"], beyond(real.slot)):
-        releases.engines(ENGINES_OF, 1, 1, image=image["simulator"], **on)
+        releases.helm("install", ENGINES_OF, "charts/pd-engines", values=TINY | {"image": image["simulator"]} | on)
         releases.router(ROUTER_OF, ENGINES_OF, image=image["router"], resources=SMALL)
         releases.until_ready(ENGINES_OF, 2)
         releases.until_ready(ROUTER_OF, 1)
