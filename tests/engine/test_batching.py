@@ -78,6 +78,21 @@ def test_a_client_that_goes_away_frees_its_sequence() -> None:
         until(lambda: started.get("/sim/state")["running"] == 0, 10, "the sequence is aborted")
 
 
+def test_a_client_that_goes_away_in_the_middle_of_a_step_leaves_no_wrong_blocks_behind() -> None:
+    text = prompt(1, 3000)
+    with engine("both", "--speed", "50") as quick:
+        right = text_of(quick.post(COMPLETIONS, completion(text)))
+    with engine("both", "--speed", "0.1") as slow:  # a step for this prompt lasts two seconds
+        with pytest.raises(httpx.ReadTimeout):
+            slow.post(COMPLETIONS, completion(text), timeout=0.7)
+        assert slow.get("/sim/state")["running"] == 1, "the step is under way"
+        answer = text_of(slow.post(COMPLETIONS, completion(text, max_tokens=2)))
+        assert right.startswith(answer)
+        until(lambda: slow.get("/sim/state")["running"] == 0, 10, "nobody is served")
+        state = slow.get("/sim/state")["blocks"]
+        assert state["free"] == state["total"]
+
+
 def test_faults_do_what_they_are_called() -> None:
     body = completion("one two", max_tokens=20, ignore_eos=True)
     with engine("both", "--speed", "10") as started:

@@ -84,7 +84,8 @@ class ReferenceEngine:
         self._stepping = True
         chunks = [Chunk(item.count, item.start) for item in work if item.count > 1]
         decodes = [item.start for item in work if item.count == 1]
-        seconds = self.profile.step_seconds(chunks, len(decodes), sum(decodes))
+        joining = sum(item.count == 1 and not item.sequence.outputs for item in work)
+        seconds = self.profile.step_seconds(chunks, len(decodes), sum(decodes), joining)
         self.world.at(self.world.now + seconds, lambda: self._end(work))
 
     def _end(self, work: list[Any]) -> None:

@@ -128,7 +128,7 @@ def test_every_token_comes_when_the_scheduler_stepped_one_by_one_gives_it(case, 
     told, decode, prefill = virtual(asked, profile, blocks, disaggregated)
     expected, expected_prefill = reference(asked, profile, blocks, disaggregated)
     # Blocks that a sequence grows into are taken when its run of steps ends; where they are scarce that shows.
-    most = 0.02 if case == "little room" else 1e-6
+    most = 0.04 if case == "little room" else 1e-6
     assert bool(decode.preempted) == bool(expected.scheduler.preempted)
     assert told.firsts == pytest.approx(expected.firsts, abs=most)
     assert told.ends == pytest.approx(expected.ends, abs=most)

@@ -111,6 +111,7 @@ class Engine:
         self.drop_remote_request_id = 0
         self.broken_edges: dict[tuple[str, int], float] = {}  # seconds until a read fails
         self.transfers: dict[tuple[str, int, str], list[int]] = {}
+        self._leaving: list[Sequence] = []  # ended by their clients while a step computes them
         self.on_death: Callable[[], None] = lambda: None
         self._random = random.Random(settings.seed)
         self._remotes: dict[tuple[str, int], Remote] = {}
@@ -207,6 +208,11 @@ class Engine:
             # vLLM 0.32: the connector's metadata of the aborted request lacks the key -> KeyError in the engine core
             self.die()
             return
+        if sequence.status is Status.RUNNING and self._stepping:
+            # The engine core hears of it between two steps. The one under way computes this sequence's tokens all the
+            # same: their blocks can be found in the prefix cache since it was planned.
+            self._leaving.append(sequence)
+            return
         unasked = sequence.status is Status.WAITING and sequence.wants_remote_kv
         if unasked and not self._release(sequence.request_id, params):
             return
@@ -297,16 +303,18 @@ class Engine:
         if self._releases:
             self._step_releases()
         chunks: list[Chunk] = []
-        decodes = context = 0
+        decodes = context = joining = 0
         for item in work:
             if item.sequence.scheduled_at is None:
                 item.sequence.scheduled_at = begin
             if item.count == 1:  # a new token, or the last prompt token behind fetched KV: both run as decodes
                 decodes += 1
                 context += item.start
+                joining += not item.sequence.outputs
             else:
                 chunks.append(Chunk(item.count, item.start))
-        modelled = self.settings.profile.step_seconds(chunks, decodes, context) * self.slowdown / self.settings.speed
+        lasts = self.settings.profile.step_seconds(chunks, decodes, context, joining)
+        modelled = lasts * self.slowdown / self.settings.speed
         self._step_end = begin + modelled
         self._loop.call_at(self._step_end, self._end_step, work, modelled, not chunks)
 
@@ -331,6 +339,11 @@ class Engine:
         self.metrics.iteration_tokens.observe(sum(item.count for item in work))
         for item in work:
             self._apply(item, now)
+        leaving, self._leaving = self._leaving, []
+        for sequence in leaving:
+            if sequence.status is not Status.FINISHED:
+                self.scheduler.finish(sequence)
+                self.metrics.finished(sequence, "abort", now)
         self._step(self._step_end)
 
     def _end_step_later(self, work: list[Work], modelled: float) -> None:
@@ -343,8 +356,6 @@ class Engine:
     def _apply(self, item: Work, now: float) -> None:
         """Write the KV of the step's tokens; where the sequence is complete, sample its next token."""
         sequence = item.sequence
-        if not sequence.blocks:
-            return  # aborted while the step ran
         context = sequence.context
         if context is None:
             # Only now: cached blocks may belong to a sequence of the same step, computed just before this one.

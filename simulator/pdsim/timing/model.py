@@ -57,6 +57,8 @@ class Profile:
         kv_bytes_per_token: KV cache of one token.
         kv_cache_tokens: tokens the KV cache has room for.
         max_num_batched_tokens: tokens of one step (vLLM's default on this GPU).
+        decode_join: what each sequence adds to the step in which it joins a batch with its prompt in the cache already:
+            the engine takes in its tokens and block table while all others wait.
     """
 
     name: str
@@ -82,18 +84,22 @@ class Profile:
     kv_bytes_per_token: int
     kv_cache_tokens: int
     max_num_batched_tokens: int
+    decode_join: float = 0.0
 
-    def step_seconds(self, chunks: Sequence[Chunk], decode_seqs: int, decode_context: int) -> float:
+    def step_seconds(self, chunks: Sequence[Chunk], decode_seqs: int, decode_context: int, joining: int = 0) -> float:
         """Give the time of one engine step.
 
         Args:
             chunks: the prompt tokens it computes.
             decode_seqs: sequences that get one more token.
             decode_context: tokens in the KV cache of these, summed.
+            joining: how many of these get their first token.
         """
         decoding = (
-            self.decode_per_sequence + self.decode_per_sequence_squared * decode_seqs
-        ) * decode_seqs + self.decode_per_context_token * decode_context
+            (self.decode_per_sequence + self.decode_per_sequence_squared * decode_seqs) * decode_seqs
+            + self.decode_per_context_token * decode_context
+            + self.decode_join * joining
+        )
         if not chunks:
             return self.decode_base + decoding
         new = pairs = context_pairs = 0

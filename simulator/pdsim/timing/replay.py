@@ -75,7 +75,7 @@ def burst_seconds(profile: Profile, prompts: list[tuple[int, int]]) -> float:
 def decode_ttft_seconds(profile: Profile, tokens: int) -> float:
     """Give the time to the first token of a decode leg with a ticket, alone."""
     transfer = profile.transfer_seconds(tokens, 0) + profile.transfer_notice
-    return profile.frontend_seconds(tokens) + transfer + profile.step_seconds((), 1, tokens) + profile.answer
+    return profile.frontend_seconds(tokens) + transfer + profile.step_seconds((), 1, tokens, 1) + profile.answer
 
 
 def measured(name: str = "h200") -> dict[str, Any]:

@@ -68,8 +68,8 @@ class Engine:
     __slots__ = (
         "_boundary", "_busy", "_cut_done", "_decodes", "_finishing", "_frontend_free", "_in_flight",
         "_joined", "_link", "_link_free", "_listener", "_next_look", "_order", "_partial", "_per_key",
-        "_per_token", "_ready", "_run_begin", "_run_first", "_run_growth", "_run_steps", "_running", "_seen",
-        "_steps", "_stuck", "_tokenizing", "_version", "cache", "clock", "context", "expired", "gaps",
+        "_per_token", "_ready", "_run_begin", "_run_first", "_run_growth", "_run_lead", "_run_steps", "_running",
+        "_seen", "_steps", "_stuck", "_tokenizing", "_version", "cache", "clock", "context", "expired", "gaps",
         "keeps", "max_sequences", "name", "preempted", "profile", "text", "waiting",
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ class Engine:
         self._ready: list[Sequence] = []  # their prompts are complete with the step under way
         self._joined = 0
         self._version = 0
-        self._run_begin = self._run_first = self._run_growth = 0.0
+        self._run_begin = self._run_first = self._run_growth = self._run_lead = 0.0
         self._run_steps = 0
 
     @property
@@ -179,7 +179,7 @@ class Engine:
         first, growth, steps = self._run_first, self._run_growth, self._run_steps
         if steps == 1:
             return
-        elapsed = now - self._run_begin
+        elapsed = max(now - self._run_begin - self._run_lead, 0.0)
         if growth:
             half = first - growth / 2
             count = int((sqrt(half * half + 2 * growth * elapsed) - half) / growth)
@@ -198,7 +198,7 @@ class Engine:
 
     def _length(self, steps: int) -> float:
         """Give the time of the first steps of the run."""
-        return steps * self._run_first + self._run_growth * steps * (steps - 1) / 2
+        return self._run_lead + steps * self._run_first + self._run_growth * steps * (steps - 1) / 2
 
     def _end_run(self, now: float, version: int) -> None:
         if version != self._version:
@@ -311,7 +311,7 @@ class Engine:
         if partial is not None:
             self._partial = None
             budget -= self._chunk(partial, budget, chunks)
-        joined = 0
+        joined = fresh = 0
         self._stuck = False
         waiting = self.waiting
         while waiting and budget > 0 and self._decodes + len(self._ready) < self.max_sequences:
@@ -335,6 +335,7 @@ class Engine:
                 waiting.popleft()
                 self._join(sequence, position)
                 joined += 1
+                fresh += not sequence.first
                 budget -= 1
                 continue
             waiting.popleft()
@@ -353,10 +354,11 @@ class Engine:
         self._run_begin = now
         if chunks:
             self._run_steps, self._run_growth = 1, 0.0
-            self._run_first = profile.step_seconds(chunks, self._decodes, self.context)
+            self._run_first, self._run_lead = profile.step_seconds(chunks, self._decodes, self.context, fresh), 0.0
         else:
             first, growth = profile.decode_run(self._decodes, self.context)
             self._run_first, self._run_growth = first, growth
+            self._run_lead = profile.decode_join * fresh
             self._run_steps = self._lasting()
         if joined:
             self._told(now)
@@ -376,7 +378,7 @@ class Engine:
 
     def _told(self, now: float) -> None:
         """Tell the first tokens of those that joined: the first step of the run brings them."""
-        at = now + self._run_first
+        at = now + self._run_lead + self._run_first
         count = self._joined
         for sequence in reversed(self._running):
             if not sequence.first:
