@@ -51,7 +51,7 @@ FIXED = {
     "tokenize_window": 2.0 * MS,
     "tokenize_per_token": 5.5 * US,
     # nor is this in them: fitted to how long tokens took in all, at 32, 64 and 128 requests at once, in
-    # docs/measured/two-h200.json (docs/simulator.md); what it takes, `transfer_notice` had before
+    # docs/measured/two-h200.json (docs/decisions/0014-…); what it takes, `transfer_notice` had before
     "decode_join": 2.5 * MS,
 }
 

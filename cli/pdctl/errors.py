@@ -1,5 +1,8 @@
 """Errors with a cause and a next step, and the exit codes of pdctl."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 
@@ -44,12 +47,29 @@ def check_writable(path: Path | None, option: str) -> None:
     """
     if path is None:
         return
-    there = path.exists()
+    with writing(path, option):
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        except FileExistsError:  # something else may be there, such as a folder, or a link to nothing
+            made = Path(os.path.realpath(path))
+            empty = not made.exists()
+            path.open("ab").close()
+            if empty:
+                made.unlink()
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path, option: str) -> Iterator[None]:
+    """Name the file and the option by which it was chosen when it cannot be written.
+
+    Raises:
+        PdctlError: it cannot.
+    """
     try:
-        path.open("ab").close()
+        yield
     except OSError as error:
         raise PdctlError(
             f"{path} cannot be written: {error.strerror}", f"choose another {option}", ExitCode.USAGE
         ) from None
-    if not there:
-        path.unlink()

@@ -82,9 +82,9 @@ def _reach(facts: Facts) -> Check:
     for url, part in urls.items():
         missing = sum(url not in known for known in routers)
         ill = sum(url in known and not known[url]["healthy"] for known in routers)
-        if part.state == "ready" and (missing or ill):
-            of = f"{missing or ill} of {len(routers)} routers" if len(routers) > 1 else "it"
-            told.append(f"{part.name} {'is not known to' if missing else 'does not answer'} {of}")
+        for count, how in ((missing, "is not known to"), (ill, "does not answer")):
+            if part.state == "ready" and count:
+                told.append(f"{part.name} {how} {f'{count} of {len(routers)} routers' if len(routers) > 1 else 'it'}")
     stray = {url for known in routers for url, engine in known.items() if url not in urls and engine["healthy"]}
     if told:
         return Check(
@@ -95,6 +95,13 @@ def _reach(facts: Facts) -> Check:
         return Check(
             "router → engines", Mark.WARN, f"it also calls {_names(sorted(stray))}", "see which release it looks for"
         )
+    silent = sum(part.role == "router" and part.state == "ready" for part in facts.health) - len(routers)
+    if silent > 0:
+        return Check(
+            "router → engines", Mark.WARN,
+            f"{silent} of {silent + len(routers)} routers do not answer on their admin port",
+            f"see their logs: pdctl logs router{facts.flags}",
+        )  # fmt: skip
     who = f"all {len(routers)} routers find" if len(routers) > 1 else "it finds"
     return Check("router → engines", Mark.OK, f"{who} all {len(routers[0])} well")
 
@@ -193,8 +200,8 @@ def _speed(facts: Facts) -> Check:
         return Check("speed of KV", Mark.UNKNOWN, f"only {count:.0f} transfers so far; send some: pdctl bench 50 4")
     if moved / count < SMALL:
         return Check(
-            "speed of KV", Mark.UNKNOWN, f"transfers of {moved / count / 1e6:.1f} MB are too small to tell",
-            "send longer prompts: pdctl bench 50 4 --input-len 2000",
+            "speed of KV", Mark.UNKNOWN, f"transfers of {moved / count / 1e6:.1f} MB on average are too small to tell",
+            "send longer prompts: pdctl bench 200 8 --input-len 4000; engines count from their start",
         )  # fmt: skip
     rate = moved / seconds
     told = f"{rate / 1e9:.1f} GB/s within a transfer, over {count:.0f}"

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pdctl.check import Check, Mark
+from pdctl.commands.doctor import ways
 from pdctl.examination import Facts, examine
 from pdctl.rates import engine_row, pinned_by_url, router_row
 from pdctl.targets.pages import Page, read_pairs
@@ -80,6 +81,20 @@ def test_engines_that_the_router_does_not_find_or_reach_are_named() -> None:
     assert check("router → engines", workers=[other, other]).mark is Mark.OK
     told = "prefill-a does not answer 1 of 2 routers, decode-b is not known to 1 of 2 routers"
     assert check("router → engines", workers=[other, half]).told == told
+    two = [part("prefill-a"), part("decode-b"), part("router-c"), part("router-d")]
+    silent = check("router → engines", workers=[other], health=two)
+    assert (silent.mark, silent.told) == (Mark.WARN, "1 of 2 routers do not answer on their admin port")
+
+
+def test_a_way_counts_as_its_worst_and_tells_the_error_of_the_router_that_closed_it() -> None:
+    told = [
+        {"edges": [edge(failures=1, seconds=0.2, last_error="long ago")]},
+        {"edges": [edge(closed=True, failures=2, last_error="slow: 4.0 s"), edge(decode="decode-z")]},
+    ]
+    way, other = ways(told, {"prefill-a": "prefill-1"}, None)
+    assert (way["closed"], way["handoffs"], way["failures"], way["seconds"]) == (True, 60, 2, 0.2)
+    assert (way["prefill"], way["last_error"]) == ("prefill-1", "slow: 4.0 s")
+    assert not other["closed"]
 
 
 def test_a_closed_way_tells_its_last_error() -> None:
@@ -106,7 +121,7 @@ def test_transfers_as_slow_as_tcp_are_told_where_rdma_is_asked_for() -> None:
     assert check("speed of KV", pages={"decode-b": slow}, rdma="").mark is Mark.OK
     assert check("speed of KV", rdma="").mark is Mark.UNKNOWN
     found = check("speed of KV", pages={"decode-b": small}, rdma="rdma/ib")
-    assert (found.mark, found.told) == (Mark.UNKNOWN, "transfers of 1.0 MB are too small to tell")
+    assert (found.mark, found.told) == (Mark.UNKNOWN, "transfers of 1.0 MB on average are too small to tell")
 
 
 def test_lines_about_nixl_are_found_in_logs() -> None:

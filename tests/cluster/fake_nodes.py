@@ -70,7 +70,7 @@ def _node(name: str, pods: str) -> dict[str, Any]:
 def fake_nodes(
     plane: Cluster, slot: int, names: Sequence[str] = ("gpu-0", "gpu-1"), address: str = "127.0.0.1"
 ) -> Iterator[None]:
-    """Add nodes of 8 GPUs each, Ready, with a kubelet for all of them.
+    """Add nodes of 8 GPUs each, Ready, with a kubelet for all of them; all but kwok's resources go again.
 
     Args:
         plane: where they are added, beside whatever nodes it has.
@@ -105,6 +105,7 @@ def fake_nodes(
         held.callback(plane.programs.kill, "kwok")
         for number, name in enumerate(names):
             plane.api.post("/api/v1/nodes", json=_node(name, pod_range(slot, number))).raise_for_status()
+            held.callback(plane.api.delete, f"/api/v1/nodes/{name}")
         plane.programs.start(
             "kubelet", sys.executable, "-m", "cluster.kubelet", plane.folder, plane.url, *names,
             environment={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTHONUNBUFFERED": "1"},

@@ -7,6 +7,7 @@ command ends otherwise than it should.
 import contextlib
 import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -99,16 +100,15 @@ def played(scene: Scene, plane: Cluster, home: pathlib.Path) -> str:
         environment.pop(name, None)
     with contextlib.ExitStack() as held:
         if scene.beside:
-            held.callback(_at_terminal(scene.beside, environment, home).process.terminate)
-        terminal = _at_terminal(scene.arguments, environment, home)
-        held.callback(terminal.process.kill)
+            held.enter_context(_at_terminal(scene.beside, environment, home))
+        terminal = held.enter_context(_at_terminal(scene.arguments, environment, home))
         if scene.answer:
             question, answer = scene.answer
             terminal.until(question)
-            terminal.type(answer)
+            terminal.press(answer)
         if scene.watch:
             terminal.until(scene.watch)
-            terminal.type("\x03")
+            terminal.press("\x03")
         ends = terminal.end(600)
     shown = terminal.text.replace(str(home), "~").replace(f"{ROOT}/", "")
     if ends != scene.ends:
@@ -130,7 +130,8 @@ def main() -> None:
     print(f"screens: {PAGE.relative_to(ROOT)} is written")
 
 
-try:
-    main()
-except ClusterError as error:
-    sys.exit(f"screens: {error}")
+if __name__ == "__main__":
+    try:
+        main()
+    except (ClusterError, AssertionError, subprocess.TimeoutExpired) as error:
+        sys.exit(f"screens: {error}")

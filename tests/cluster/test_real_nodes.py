@@ -292,8 +292,8 @@ def test_cleanup_leaves_nothing_of_it_in_the_cluster(pdctl: Pdctl, before: set[s
 
 def test_engines_on_fake_and_on_real_nodes_serve_under_one_control_plane(real: RealCluster) -> None:
     image = {of: dict(zip(("repository", "tag"), real.images[of].rsplit(":", 1), strict=True)) for of in real.images}
-    real.run("kubectl", "create", "namespace", "mixed")
     releases = Releases(real, "mixed")
+    releases.kubectl("create", "namespace", "mixed")
     served = OnRealNodes(releases, ENGINES_OF, ROUTER_OF)
     on = {
         role: {"replicas": 1, "resources": SMALL, "nodeSelector": {"kubernetes.io/hostname": node}}
@@ -311,4 +311,4 @@ def test_engines_on_fake_and_on_real_nodes_serve_under_one_control_plane(real: R
         assert [way["transfers"] for way in transfers] == [1], "KV went from the fake node to the real one"
         for pod in releases.pods(ENGINES_OF):
             assert releases.kubectl("logs", pod["metadata"]["name"])
-        real.run("kubectl", "delete", "namespace", "mixed")
+        releases.kubectl("delete", "namespace", "mixed")

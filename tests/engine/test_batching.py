@@ -1,13 +1,15 @@
 """One engine under load: queues, preemption, stops, faults."""
 
 import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
 
-from support.processes import engine, until
-from support.requests import COMPLETIONS, completion, prompt
+from support.processes import Process, engine, until
+from support.requests import COMPLETIONS, WANT_TICKET, completion, prompt
 
 
 def text_of(answer: httpx.Response) -> str:
@@ -78,19 +80,38 @@ def test_a_client_that_goes_away_frees_its_sequence() -> None:
         until(lambda: started.get("/sim/state")["running"] == 0, 10, "the sequence is aborted")
 
 
-def test_a_client_that_goes_away_in_the_middle_of_a_step_leaves_no_wrong_blocks_behind() -> None:
+def leave_within_a_step(one: Process, body: dict[str, Any]) -> None:
+    """Let a slow engine's client leave while a step computes its request; the step ends afterwards."""
+    told = json.dumps(body).encode()
+    url = httpx.URL(one.url)
+    with socket.create_connection((url.host, url.port)) as client:
+        client.sendall(b"POST %b HTTP/1.1\r\nhost: x\r\n" % COMPLETIONS.encode())
+        client.sendall(b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(told) + told)
+        until(lambda: one.get("/sim/state")["running"] == 1, 20, "a step of three seconds has begun")
+        one.post("/sim/fault", {"kind": "hang"})
+    until(lambda: one.get("/load")["server_load"] == 0, 20, "the engine has seen its client leave")
+    assert one.get("/sim/state")["running"] == 1, "the step has not ended"
+    one.post("/sim/fault", {"kind": "none"})
+
+
+def test_a_client_that_goes_away_within_a_step_leaves_no_wrong_blocks_behind() -> None:
     text = prompt(1, 3000)
-    with engine("both", "--speed", "50") as quick:
-        right = text_of(quick.post(COMPLETIONS, completion(text)))
-    with engine("both", "--speed", "0.1") as slow:  # a step for this prompt lasts two seconds
-        with pytest.raises(httpx.ReadTimeout):
-            slow.post(COMPLETIONS, completion(text), timeout=0.7)
-        assert slow.get("/sim/state")["running"] == 1, "the step is under way"
-        answer = text_of(slow.post(COMPLETIONS, completion(text, max_tokens=2)))
-        assert right.startswith(answer)
-        until(lambda: slow.get("/sim/state")["running"] == 0, 10, "nobody is served")
-        state = slow.get("/sim/state")["blocks"]
+    with engine("both", "--speed", "0.03") as one, engine("both", "--speed", "50") as other:
+        right = text_of(other.post(COMPLETIONS, completion(text)))
+        leave_within_a_step(one, completion(text))
+        assert text_of(one.post(COMPLETIONS, completion(text), timeout=60)) == right
+        state = one.get("/sim/state")["blocks"]
         assert state["free"] == state["total"]
+
+
+def test_a_prefill_whose_client_leaves_within_its_step_gives_no_ticket() -> None:
+    with engine("prefill", "--speed", "0.03") as one:
+        leave_within_a_step(one, completion(prompt(1, 3000), max_tokens=1, kv_transfer_params=WANT_TICKET))
+        until(lambda: one.get("/sim/state")["running"] == 0, 10, "the sequence is gone")
+        assert one.get("/sim/state")["tickets"] == 0
+        page = httpx.get(one.url + "/metrics").text
+        [row] = [line for line in page.splitlines() if 'finished_reason="abort"' in line and "success_total" in line]
+        assert float(row.split()[-1]) == 1
 
 
 def test_faults_do_what_they_are_called() -> None:

@@ -5,6 +5,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import termios
@@ -12,6 +13,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import pyte
 
@@ -31,7 +34,7 @@ def at_terminal(
 
 
 class Terminal:
-    """What a program shows, with all that has left the window at its top.
+    """What a program shows, with all that has left the window at its top; a context that ends it.
 
     Args:
         columns, lines: the window's size.
@@ -43,18 +46,22 @@ class Terminal:
         self._screen = pyte.Screen(columns, 1000)  # nothing scrolls, so what moves up the cursor still meets its lines
         self._stream = pyte.ByteStream(self._screen)
         self.process, self._window = at_terminal(command, environment, folder, columns, lines)
+        self._lock = threading.Lock()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         with contextlib.suppress(OSError):  # EIO: the other end is closed
             while data := os.read(self._window, 65536):
-                self._stream.feed(data)
+                with self._lock:
+                    self._stream.feed(data)
 
     @property
     def text(self) -> str:
         """What stands there now."""
-        return "\n".join(line.rstrip() for line in self._screen.display).rstrip()
+        with self._lock:
+            shown = self._screen.display
+        return "\n".join(line.rstrip() for line in shown).rstrip()
 
     def until(self, pattern: str, seconds: float = 60) -> None:
         """Wait until it shows what a regular expression finds.
@@ -63,13 +70,16 @@ class Terminal:
             AssertionError: it has ended without that, or does not show it in time.
         """
         deadline = time.monotonic() + seconds
-        while not re.search(pattern, self.text):
-            ended = self.process.poll() is not None and not self._reader.is_alive()
-            if ended or time.monotonic() > deadline:
-                raise AssertionError(f"{pattern!r} is not shown: {self.text}")
+        while True:
+            over = not self._reader.is_alive() or time.monotonic() > deadline  # before looking at what it has shown
+            text = self.text
+            if re.search(pattern, text):
+                return
+            if over:
+                raise AssertionError(f"{pattern!r} is not shown: {text}")
             time.sleep(0.05)
 
-    def type(self, keys: str) -> None:
+    def press(self, keys: str) -> None:
         """Press keys."""
         os.write(self._window, keys.encode())
 
@@ -77,5 +87,21 @@ class Terminal:
         """Wait for its end; give its exit status."""
         code = self.process.wait(seconds)
         self._reader.join()
-        os.close(self._window)
         return code
+
+    def __enter__(self) -> Self:
+        """Nothing is left to be done."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._reader.join()
+        os.close(self._window)

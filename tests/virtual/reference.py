@@ -47,6 +47,8 @@ class ReferenceEngine:
         self.firsts: dict[str, float] = {}
         self.ends: dict[str, float] = {}
         self.cached: dict[str, int] = {}
+        self.gaps: list[float] = []  # between tokens of the same sequence
+        self._last: dict[str, float] = {}
         self.done: Any = lambda sequence: None
         self.preempted = 0
         self._free = self._next_look = 0.0
@@ -96,6 +98,9 @@ class ReferenceEngine:
             sequence.outputs.append(7)
             sequence.data += struct.pack("<I", 7)
             self.firsts.setdefault(sequence.request_id, self.world.now)
+            if sequence.request_id in self._last:
+                self.gaps.append(self.world.now - self._last[sequence.request_id])
+            self._last[sequence.request_id] = self.world.now
             self.cached.setdefault(sequence.request_id, sequence.cached_tokens)
             if len(sequence.outputs) >= sequence.sampling.max_tokens:
                 self.ends[sequence.request_id] = self.world.now

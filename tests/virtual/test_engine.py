@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from operator import mul
 
 import pytest
 
@@ -127,12 +128,18 @@ def test_every_token_comes_when_the_scheduler_stepped_one_by_one_gives_it(case, 
     profile = replace(PROFILE, name="test")
     told, decode, prefill = virtual(asked, profile, blocks, disaggregated)
     expected, expected_prefill = reference(asked, profile, blocks, disaggregated)
-    # Blocks that a sequence grows into are taken when its run of steps ends; where they are scarce that shows.
+    # Blocks that a sequence grows into are taken when its run of steps ends; where they are scarce that shows: others
+    # are let in some steps earlier or later, and each that joins makes a step longer.
     most = 0.04 if case == "little room" else 1e-6
     assert bool(decode.preempted) == bool(expected.scheduler.preempted)
     assert told.firsts == pytest.approx(expected.firsts, abs=most)
     assert told.ends == pytest.approx(expected.ends, abs=most)
     assert len(told.ends) == count
+    if not decode.preempted:
+        lengths, counts = zip(*decode.gaps, strict=True)
+        assert sum(counts) == len(expected.gaps)
+        assert sum(map(mul, lengths, counts)) == pytest.approx(sum(expected.gaps), abs=1e-4)
+        assert max(lengths) == pytest.approx(max(expected.gaps), rel=0.01), "who joins holds others up for a step"
     if disaggregated:
         assert told.prefills == pytest.approx(expected_prefill.ends, abs=most)
         assert told.cached == expected_prefill.cached

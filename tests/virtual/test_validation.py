@@ -19,10 +19,11 @@ import pytest
 from pdsim.timing.replay import measured
 from pdsim.virtual.figures import Slo, figures
 from pdsim.virtual.fleet import Fleet, Setup
-from pdsim.virtual.synthetic import Shape, prefixes, uniform
+from pdsim.virtual.synthetic import Shape, prefixes
 from pdsim.virtual.traces import read_trace
 from pdsim.virtual.workload import Asked, Workload
 from support.processes import engine, router, start_all
+from virtual.pair import errors, pair_like_two_h200, real_runs
 
 REQUESTS = int(os.environ.get("VALIDATE_REQUESTS", "24"))
 SPEED = float(os.environ.get("VALIDATE_SPEED", "0.25"))
@@ -138,16 +139,14 @@ def test_the_virtual_fleet_gives_what_clients_of_the_real_time_fleet_measure(pol
     assert off == []
 
 
-# Concurrency 8 and 128 are known to differ: there the real clients stay in step, or the real pair prefilled quicker
-# than the measurements allow that the model is fitted to (README.md).
+# The first run on such machines. At 8 its clients stayed in step, which they did not since; at 128 it prefilled quicker
+# than in the measurements that the model is fitted to, and than in later runs.
 @pytest.mark.parametrize(
     ("concurrency", "speed_off", "ttft_off"), [(1, 0.10, 0.10), (32, 0.10, 0.20), (64, 0.10, 0.20)]
 )
 def test_the_virtual_pair_is_near_what_was_measured_on_two_h200(concurrency, speed_off, ttft_off):
     real = measured()["router_runs"][f"c{concurrency}"]
-    workload = uniform(Shape(requests=200, input_tokens=1000, output_tokens=200))
-    setup = Setup(prefill=1, decode=1, prefill_policy="round_robin", concurrency=concurrency, text=True, hop=0.0015)
-    told = figures(Fleet(setup, workload, 0).run(), Slo())
+    told = figures(pair_like_two_h200(concurrency), Slo())
 
     def off(value: float, runs: list[float]) -> float:
         return value / min(max(value, min(runs)), max(runs)) - 1
@@ -160,3 +159,11 @@ def test_the_virtual_pair_is_near_what_was_measured_on_two_h200(concurrency, spe
     within = abs(speed) <= speed_off and abs(ttft) <= ttft_off
     print(f"verdict: {'within' if within else 'off by more than'} {speed_off:.0%} and {ttft_off:.0%}")
     assert within
+
+
+@pytest.mark.parametrize("concurrency", [32, 64, 128])
+def test_the_virtual_pair_is_near_eight_runs_on_two_h200_that_it_was_not_fitted_to(concurrency):
+    told = json.loads(Path("docs/measured/two-h200-repeated.json").read_text())
+    for name, off in errors(pair_like_two_h200(concurrency), real_runs(told, concurrency)).items():
+        print(f"c{concurrency} {name}: {off:+.1%}")
+        assert abs(off) < LIMIT, name

@@ -19,7 +19,7 @@ from pdctl.commands.loads import client_of, slos_of, workload_of
 from pdctl.commands.options import Context, Json, Name, Namespace
 from pdctl.commands.progress import counted
 from pdctl.console import err, out, print_json
-from pdctl.errors import ExitCode, PdctlError, check_writable
+from pdctl.errors import ExitCode, PdctlError, check_writable, writing
 from pdctl.interrupt import interruptible
 from pdctl.runs import Run, Store
 from pdctl.runs.setting import Place, command, machine, placed, versions
@@ -154,7 +154,8 @@ def _emptied(target: Target) -> bool:
 def _finish(run: Run, output: Path | None, json: bool) -> list[dict[str, Any]]:
     told = run.results()
     if output:
-        output.write_bytes(orjson.dumps(told[0] if len(told) == 1 else told))
+        with writing(output, "--output"):
+            output.write_bytes(orjson.dumps(told[0] if len(told) == 1 else told))
     show(run, json)
     return told
 

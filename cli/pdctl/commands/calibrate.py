@@ -16,7 +16,7 @@ from rich.table import Table
 from pdctl.commands.options import Json
 from pdctl.commands.virtual import Gpu, profile_of
 from pdctl.console import err, out, print_json
-from pdctl.errors import PdctlError, check_writable
+from pdctl.errors import PdctlError, check_writable, writing
 from pdsim.timing.calibrate import Measured, fit
 
 LENGTHS = (256, 1024, 2048, 4096, 8192, 16384)
@@ -58,7 +58,8 @@ def calibrate(
     points = [{"name": one.name, "measured": one.seconds, "model": one.model(profile)} for one in measured]
     provenance = {"url": base, "date": time.strftime("%Y-%m-%d"), "basis": gpu, "points": points}
     told: dict[str, Any] = {"provenance": provenance, "model": coefficients}
-    output.write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    with writing(output, "--output"):
+        output.write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     if json:
         print_json(told)
         return

@@ -20,7 +20,7 @@ from pdctl.commands.options import Context, Namespace
 from pdctl.console import err, out
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.podstate import Verdict
-from pdctl.targets.found import in_cluster
+from pdctl.targets.found import namespace_of
 
 Sets = Callable[[Cluster], Awaitable[dict[str, list[str]]]]
 
@@ -36,7 +36,7 @@ def scale(
 ) -> None:
     """Change numbers of engines or routers and wait until they are so. Pods that go finish what they have."""
     wanted = [_count(text) for text in counts_by_role]
-    where = in_cluster(namespace, "scale")
+    where = namespace_of(namespace)
 
     async def sets(cluster: Cluster) -> dict[str, list[str]]:
         told: dict[str, list[str]] = {}
@@ -83,7 +83,7 @@ def rollout(
     async def same(cluster: Cluster) -> dict[str, list[str]]:
         return told
 
-    _run(in_cluster(namespace, "rollout"), context, "rollout", timeout, same)
+    _run(namespace_of(namespace), context, "rollout", timeout, same)
 
 
 def _count(text: str) -> tuple[str, int]:

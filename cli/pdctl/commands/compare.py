@@ -27,7 +27,7 @@ from pdctl.compare.live import compare as take_turns
 from pdctl.compare.live import fleet
 from pdctl.compare.told import Comparison, comparison, title
 from pdctl.console import err, out, print_json
-from pdctl.errors import ExitCode, PdctlError, check_writable
+from pdctl.errors import ExitCode, PdctlError, check_writable, writing
 from pdctl.evals import difference as scores
 from pdctl.interrupt import interruptible
 from pdctl.report.write import write
@@ -36,7 +36,7 @@ from pdctl.routers.programs import Programs
 from pdctl.runs import Run, Store
 from pdctl.runs.setting import Place
 from pdctl.targets import KubernetesTarget, LocalTarget
-from pdctl.targets.found import choose
+from pdctl.targets.found import namespace_of
 
 
 class Where(StrEnum):
@@ -186,12 +186,7 @@ def compare(
 
 def _deployed(namespace: str | None, context: str | None) -> tuple[dict[str, Any], bool]:
     """Give which deployment on Kubernetes is meant, and whether its engines are simulated."""
-    _, namespace = choose(None, namespace)
-    if namespace is None:
-        raise PdctlError(
-            "nothing is deployed on Kubernetes", "run pdctl deploy, or name its --namespace", ExitCode.USAGE
-        )
-    told: dict[str, Any] = {"namespace": namespace, "context": context}
+    told: dict[str, Any] = {"namespace": namespace_of(namespace), "context": context}
     with KubernetesTarget(**told) as target:
         return told, target.simulated
 
@@ -303,7 +298,8 @@ def _finish(run: Run, report: Path | None, json: bool) -> None:
     page = run.folder / "report.html"
     write(run, page)
     if report is not None:
-        write(run, report)
+        with writing(report, "--report"):
+            write(run, report)
     err.print(f"run: {run.name}   report: {report or page}", soft_wrap=True)
 
 

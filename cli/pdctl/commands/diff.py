@@ -16,7 +16,7 @@ from pdctl.commands import wishes
 from pdctl.commands.options import Context, Namespace
 from pdctl.console import err, out
 from pdctl.errors import ExitCode
-from pdctl.targets.found import in_cluster
+from pdctl.targets.found import namespace_of
 
 COLOURS = {"create": "green", "change": "yellow", "remove": "red", "refused": "bold red"}
 
@@ -35,7 +35,7 @@ def diff(
     """Show what deploy would change, by the server's own dry run. Exit status 2 when there are differences."""
     take_token()
     asked = wishes.asked(model, network, files, sets, prefill, decode, image)
-    found = asyncio.run(_differences(asked, in_cluster(namespace, "diff"), context))
+    found = asyncio.run(_differences(asked, namespace_of(namespace), context))
     for one in found:
         out.print(Text.assemble((one.verb, COLOURS[one.verb]), f" {one.kind}/{one.name}"), soft_wrap=True)
         for line in one.lines:

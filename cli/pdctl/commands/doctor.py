@@ -65,16 +65,16 @@ def _gather(target: Target) -> Facts:
     return Facts(
         target.flags, health, routing, versions, pages,
         [{one["url"]: one for one in told["workers"]} for told in workers],
-        _edges(edges, names, routing),
+        ways(edges, names, routing),
         lines, target.rdma, target.checks(),
     )  # fmt: skip
 
 
-def _edges(told: list[Any], names: dict[str, str], routing: Routing | None) -> list[dict[str, Any]]:
+def ways(told: list[Any], names: dict[str, str], routing: Routing | None) -> list[dict[str, Any]]:
     """Give what is known of each way: from the routers' admin ports, else from their metrics, which tell no errors."""
     if told:
-        ways = _merged(edge for router in told for edge in router["edges"])
-        return [way | {end: names.get(way[end], way[end]) for end in ("prefill", "decode")} for way in ways]
+        merged = _merged(edge for router in told for edge in router["edges"])
+        return [way | {end: names.get(way[end], way[end]) for end in ("prefill", "decode")} for way in merged]
     known = {} if routing is None else routing.edges
     return [
         {"prefill": prefill, "decode": decode, "failures": 0, **asdict(edge)}
@@ -89,6 +89,8 @@ def _merged(edges: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         way = found.setdefault((edge["prefill"], edge["decode"]), edge)
         if way is edge:
             continue
+        if edge["closed"] and not way["closed"]:
+            way["last_error"] = edge["last_error"]  # of who has closed it
         way["handoffs"] += edge["handoffs"]
         way["closed"] |= edge["closed"]
         way["failures"] = max(way["failures"], edge["failures"])

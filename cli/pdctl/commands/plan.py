@@ -29,7 +29,7 @@ from pdctl.commands.virtual import (
     told_source,
 )
 from pdctl.console import err, out, print_json
-from pdctl.errors import PdctlError, check_writable
+from pdctl.errors import PdctlError, check_writable, writing
 from pdsim.virtual.figures import Slo, over_seeds
 from pdsim.virtual.fleet import Setup
 from pdsim.virtual.judge import Case
@@ -99,7 +99,8 @@ def plan(
             "allow more by --max-gpus, promise less by --slo-ttft and --slo-itl, or look at pdctl replay for why",
         )
     if emit_values is not None:
-        _emit(emit_values, found, trace, slo, share)
+        with writing(emit_values, "--emit-values"):
+            _emit(emit_values, found, trace, slo, share)
     told = _told(found, trace, gpu, seeds, slo, share)
     if json:
         print_json(told)

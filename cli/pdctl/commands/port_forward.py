@@ -8,8 +8,7 @@ from rich.text import Text
 
 from pdctl.commands.options import Context, Namespace
 from pdctl.console import err, out
-from pdctl.errors import ExitCode, PdctlError
-from pdctl.targets.found import choose
+from pdctl.targets.found import namespace_of
 from pdctl.targets.kubernetes import KubernetesTarget
 
 
@@ -22,10 +21,7 @@ def port_forward(
     ] = 29000,
 ) -> None:
     """Make the router's ports reachable here until Ctrl-C; finds another router pod when one goes."""
-    name, namespace = choose(None, namespace)
-    if namespace is None:
-        raise PdctlError(f"{name} runs on this machine; its ports are here already", "see pdctl status", ExitCode.USAGE)
-    with KubernetesTarget(namespace, context) as target:
+    with KubernetesTarget(namespace_of(namespace), context) as target:
         api, metrics = target.router_ports
         with target.forwards({api: port, metrics: metrics_port}, lambda text: err.print(Text(text, "yellow"))) as local:
             out.print(f"router   http://127.0.0.1:{local[api]}/v1", soft_wrap=True)

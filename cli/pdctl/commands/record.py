@@ -8,7 +8,7 @@ import httpx
 import typer
 
 from pdctl.console import bytes_text, err, out
-from pdctl.errors import ExitCode, PdctlError, check_writable
+from pdctl.errors import ExitCode, PdctlError, check_writable, writing
 
 
 class Action(StrEnum):
@@ -57,7 +57,7 @@ def _fetch(client: httpx.Client, output: Path) -> None:
     check_writable(output, "--output")
     files = _asked(client, "GET", "/record")["files"]
     lines = 0
-    with output.open("w", encoding="utf-8") as file:
+    with writing(output, "--output"), output.open("w", encoding="utf-8") as file:
         for name in files:
             offset = 0
             while text := _asked(client, "GET", f"/record?file={name}&offset={offset}")["text"]:

@@ -35,7 +35,7 @@ from pdctl.commands.virtual import (
     told_source,
 )
 from pdctl.console import err, out, print_json
-from pdctl.errors import check_writable
+from pdctl.errors import check_writable, writing
 from pdctl.report.replayed import COMPARED, gathered, sentences
 from pdctl.report.write import save
 from pdctl.runs.setting import command
@@ -100,10 +100,12 @@ def replay(
     told = _told(found, against, source, seeds, slo)
     if output is not None:
         runs = [{"split": f"{p}:{d}", "speed": s, "policy": n, "runs": runs} for ((p, d), s, n), runs in found.items()]
-        output.write_bytes(orjson.dumps(told | {"runs": runs}, option=orjson.OPT_INDENT_2))
+        with writing(output, "--output"):
+            output.write_bytes(orjson.dumps(told | {"runs": runs}, option=orjson.OPT_INDENT_2))
     if report is not None:
         page = gathered(told, [*LABELS, *COLUMNS], _rows(told), _facts(gpu, kv_tokens, text, link_gbps), command())
-        save(page, report)
+        with writing(report, "--report"):
+            save(page, report)
     if json:
         print_json(told)
         return

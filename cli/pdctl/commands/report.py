@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pdctl.commands.runs import Named
-from pdctl.errors import check_writable
+from pdctl.errors import writing
 from pdctl.report.write import write
 from pdctl.runs import Store
 
@@ -22,6 +22,6 @@ def report(
     """Write a run's report: one HTML file that needs no network, or Markdown."""
     run = Store().find(name)
     path = output or Path(f"{run.name}.{'md' if markdown else 'html'}")
-    check_writable(path, "--output")
-    write(run, path)
+    with writing(path, "--output"):
+        write(run, path)
     print(path)

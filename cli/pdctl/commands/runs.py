@@ -12,7 +12,7 @@ from pdctl.bench.repeats import HEADLINES, headlines
 from pdctl.bench.result import table as vllm_table
 from pdctl.commands.options import Json, Yes
 from pdctl.console import err, out, print_json
-from pdctl.errors import ExitCode, PdctlError
+from pdctl.errors import PdctlError, writing
 from pdctl.evals import in_cluster
 from pdctl.runs import Run, Store
 from pdctl.runs.export import export
@@ -164,9 +164,7 @@ def export_command(
 ) -> None:
     """Write a run as others read it: JSON as vllm bench serve writes it, summary.json for vllm bench sweep plot."""
     run = Store().find(name)
-    try:
+    with writing(to, "--to"):
         written = export(run, to)
-    except OSError as error:
-        raise PdctlError(f"{to} cannot be written: {error.strerror}", "choose another --to", ExitCode.USAGE) from None
     for path in written:
         print(path)

@@ -32,26 +32,32 @@ def choose(name: str | None, namespace: str | None) -> tuple[str | None, str | N
             f"deployed are on this machine: {', '.join(here)}; on Kubernetes: {', '.join(there)}",
             "say which: --name, or --namespace", ExitCode.USAGE,
         )  # fmt: skip
-    if len(there) > 1:
-        raise PdctlError(
-            f"deployed on Kubernetes are: {', '.join(there)}", "say which one: --namespace", ExitCode.USAGE
-        )
-    return (None, there[0]) if there else (LOCAL, None)
+    return (None, _only(there)) if there else (LOCAL, None)
 
 
-def in_cluster(namespace: str | None, verb: str) -> str:
+def namespace_of(namespace: str | None) -> str:
     """Give the namespace that a command of Kubernetes means: the one that is named, else the only one that is known.
 
     Raises:
         PdctlError: none is known, or several are.
     """
-    _, found = choose(None, namespace)
-    if found is None:
+    if namespace is not None:
+        return namespace
+    there = record.namespaces()
+    if not there:
         raise PdctlError(
-            f"{verb} is for a deployment on Kubernetes, and none is known", "say where it is: --namespace",
+            "no deployment on Kubernetes is known here", "say where one is: --namespace, or run pdctl deploy",
             ExitCode.USAGE,
         )  # fmt: skip
-    return found
+    return _only(there)
+
+
+def _only(namespaces: list[str]) -> str:
+    if len(namespaces) > 1:
+        raise PdctlError(
+            f"deployed on Kubernetes are: {', '.join(namespaces)}", "say which one: --namespace", ExitCode.USAGE
+        )
+    return namespaces[0]
 
 
 def find(name: str | None, namespace: str | None, context: str | None) -> Target:

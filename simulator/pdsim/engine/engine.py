@@ -111,7 +111,7 @@ class Engine:
         self.drop_remote_request_id = 0
         self.broken_edges: dict[tuple[str, int], float] = {}  # seconds until a read fails
         self.transfers: dict[tuple[str, int, str], list[int]] = {}
-        self._leaving: list[Sequence] = []  # ended by their clients while a step computes them
+        self._leaving: dict[Sequence, None] = {}  # ended by their clients while a step computes them
         self.on_death: Callable[[], None] = lambda: None
         self._random = random.Random(settings.seed)
         self._remotes: dict[tuple[str, int], Remote] = {}
@@ -209,9 +209,9 @@ class Engine:
             self.die()
             return
         if sequence.status is Status.RUNNING and self._stepping:
-            # The engine core hears of it between two steps. The one under way computes this sequence's tokens all the
-            # same: their blocks can be found in the prefix cache since it was planned.
-            self._leaving.append(sequence)
+            # The engine core hears of it when the step under way has been computed, before it looks at what came out.
+            # Blocks of this step can be found in the prefix cache since it was planned, so they must get their content.
+            self._leaving[sequence] = None
             return
         unasked = sequence.status is Status.WAITING and sequence.wants_remote_kv
         if unasked and not self._release(sequence.request_id, params):
@@ -337,13 +337,12 @@ class Engine:
             clock.decode_real += now - self._step_begun
         self._step_begun = now
         self.metrics.iteration_tokens.observe(sum(item.count for item in work))
+        leaving, self._leaving = self._leaving, {}
         for item in work:
-            self._apply(item, now)
-        leaving, self._leaving = self._leaving, []
+            self._apply(item, now, item.sequence not in leaving)
         for sequence in leaving:
-            if sequence.status is not Status.FINISHED:
-                self.scheduler.finish(sequence)
-                self.metrics.finished(sequence, "abort", now)
+            self.scheduler.finish(sequence)
+            self.metrics.finished(sequence, "abort", now)
         self._step(self._step_end)
 
     def _end_step_later(self, work: list[Work], modelled: float) -> None:
@@ -353,8 +352,8 @@ class Engine:
         self._step_end = self._loop.time()
         self._end_step(work, modelled, False)
 
-    def _apply(self, item: Work, now: float) -> None:
-        """Write the KV of the step's tokens; where the sequence is complete, sample its next token."""
+    def _apply(self, item: Work, now: float, wanted: bool) -> None:
+        """Write the KV of the step's tokens; where the sequence is complete and still wanted, sample its next token."""
         sequence = item.sequence
         context = sequence.context
         if context is None:
@@ -364,7 +363,7 @@ class Engine:
             self._score_prompt(sequence, item, context)
         else:
             context.compute(sequence.blocks, item.start, self.scheduler.tokens_of(item))
-        if sequence.status is Status.RUNNING and item.start + item.count == sequence.length:
+        if wanted and sequence.status is Status.RUNNING and item.start + item.count == sequence.length:
             self._sample(sequence, context.state, now)
 
     def _score_prompt(self, sequence: Sequence, item: Work, context: Context) -> None:

@@ -205,9 +205,11 @@ class Engine:
             return
         steps, decodes = self._run_steps, self._decodes
         if decodes:
-            gaps = steps * decodes - self._joined
-            if gaps > 0:
-                self.gaps.append((self._length(steps) / steps, gaps))
+            first = self._length(1)  # those that joined in it have no gap before it
+            if decodes > self._joined:
+                self.gaps.append((first, decodes - self._joined))
+            if steps > 1:
+                self.gaps.append(((self._length(steps) - first) / (steps - 1), (steps - 1) * decodes))
             if steps > 1:
                 grown = self._growth(self._steps + 1, steps - 1)
                 if grown:

@@ -7,14 +7,15 @@ from pdsim.virtual.fleet import Setup
 from pdsim.virtual.plan import Trial
 
 _AS_GOOD = 0.002  # shares of good requests that are no further apart are equal; first tokens decide then
+_WORTH = 0.98  # of the mean first-token time: for less than 2 % nobody should change what runs
 
 
-def better(one: Trial, other: Trial) -> bool:
-    """Say whether one setup keeps more promises than another, or as many with earlier first tokens."""
+def better(one: Trial, other: Trial, share: float = 1.0) -> bool:
+    """Say whether a setup keeps more promises than another, or as many and gives first tokens in a share of its time."""
     gain = one.mean("good_share") - other.mean("good_share")
     if abs(gain) > _AS_GOOD:
         return gain > 0
-    return one.mean("ttft_mean") < other.mean("ttft_mean")
+    return one.mean("ttft_mean") < share * other.mean("ttft_mean")
 
 
 def tune(current: Setup, policies: Sequence[str], tried: Callable[[Setup], Trial]) -> tuple[Trial, Trial]:
@@ -46,4 +47,4 @@ def tune(current: Setup, policies: Sequence[str], tried: Callable[[Setup], Trial
         if moved is not best:
             best = moved
             break
-    return now, best
+    return now, best if better(best, now, _WORTH) else now
