@@ -11,7 +11,7 @@ _WORTH = 0.98  # of the mean first-token time: for less than 2 % nobody should c
 
 
 def better(one: Trial, other: Trial, share: float = 1.0) -> bool:
-    """Say whether a setup keeps more promises than another, or as many and gives first tokens in a share of its time."""
+    """Say whether a setup keeps more promises than another, or as many with first tokens in a share of its time."""
     gain = one.mean("good_share") - other.mean("good_share")
     if abs(gain) > _AS_GOOD:
         return gain > 0
