@@ -162,7 +162,7 @@ def test_the_virtual_pair_is_near_what_was_measured_on_two_h200(concurrency, spe
 
 
 @pytest.mark.parametrize("concurrency", [32, 64, 128])
-def test_the_virtual_pair_is_near_eight_runs_on_two_h200_that_it_was_not_fitted_to(concurrency):
+def test_the_virtual_pair_is_near_the_runs_on_two_h200_that_it_was_not_fitted_to(concurrency):
     told = json.loads(Path("docs/measured/two-h200-repeated.json").read_text())
     for name, off in errors(pair_like_two_h200(concurrency), real_runs(told, concurrency)).items():
         print(f"c{concurrency} {name}: {off:+.1%}")
