@@ -41,6 +41,15 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Detached]:
     made.take()
 
 
+def goes_on(work: Detached) -> bool:
+    """Tell whether whoever looks now finds it at work."""
+    try:
+        work.look()
+    except PdctlError:
+        return False
+    return True
+
+
 def running(work: Detached) -> list[psutil.Process]:
     """Give what runs in the work's folder."""
     found = []
@@ -120,8 +129,9 @@ def test_a_container_that_is_restarted_goes_on_where_it_was(work: Detached, tmp_
         first.kill()
         for process in running(work):
             process.kill()
+    until(lambda: not running(work), 20, "nothing runs")
     with subprocess.Popen(asked, stdout=subprocess.PIPE) as again:
-        until(lambda: running(work), 20, "it runs again")
+        until(lambda: goes_on(work), 20, "it runs again")
         (tmp_path / "pdctl" / work.name / "go").touch()
         end = work.follow(lambda look: None)
         assert end.statuses == (0, 0, 0)

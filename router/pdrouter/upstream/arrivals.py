@@ -30,7 +30,7 @@ class Arrivals:
             asked: loop time at which it was asked for: it cannot have come before.
         """
         now = self._loop.time()
-        return now if now - self._before < _LATE else max(self._before, asked)
+        return max(asked, now if now - self._before < _LATE else self._before)
 
     def close(self) -> None:
         """Look no more."""
