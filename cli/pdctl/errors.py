@@ -48,16 +48,11 @@ def check_writable(path: Path | None, option: str) -> None:
     if path is None:
         return
     with writing(path, option):
-        try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        except FileExistsError:  # something else may be there, such as a folder, or a link to nothing
-            made = Path(os.path.realpath(path))
-            empty = not made.exists()
-            path.open("ab").close()
-            if empty:
-                made.unlink()
-        else:
-            path.unlink()
+        file = Path(os.path.realpath(path))  # of a link to nothing, what opening it makes
+        there = file.exists()
+        file.open("ab").close()
+        if not there:
+            file.unlink()
 
 
 @contextlib.contextmanager
