@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,15 +112,18 @@ class Helm:
             command += ["--namespace", self.namespace]
         if self.context:
             command += ["--kube-context", self.context]
-        environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            start_new_session=True, env=environment,
-        )  # fmt: skip
-        talk = asyncio.ensure_future(process.communicate())
+        process = _started(command)
+        # A thread's future, because asyncio.run cancels every task when it comes to its end.
+        talk = asyncio.get_running_loop().run_in_executor(None, process.communicate)
         try:
             out, err = await asyncio.wait_for(asyncio.shield(talk), CALL_SECONDS)
-        except (asyncio.CancelledError, TimeoutError):
+        except TimeoutError:
+            await _end(process, talk)
+            raise HelmError(
+                f"helm {arguments[0]} did not end within {CALL_SECONDS} s", "see that the Kubernetes API answers: "
+                "pdctl doctor; then run the command again: it goes on where this run stopped",
+            ) from None  # fmt: skip
+        except asyncio.CancelledError:
             await _end(process, talk)
             raise
         said = err.decode(errors="replace")
@@ -186,12 +190,21 @@ class Helm:
         await self.call("uninstall", name, "--ignore-not-found", "--cascade", "foreground")
 
 
-async def _end(process: asyncio.subprocess.Process, talk: "asyncio.Future[Any]") -> None:
+def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a call; not by asyncio, whose subprocesses never end when cancelled while they start (CPython 3.11)."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        env=environment,
+    )  # fmt: skip
+
+
+async def _end(process: subprocess.Popen[bytes], talk: "asyncio.Future[Any]") -> None:
     """Let a call end by itself; then ask it to; then make it."""
     for number in (None, signal.SIGINT, signal.SIGKILL):
         if number is not None:
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+                os.killpg(process.pid, number)  # with it what gives it credentials, which holds its output open
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(talk), STOP_SECONDS)
             return
