@@ -152,32 +152,37 @@ def test_requests_that_wait_in_decode_for_longer_than_the_lease_get_the_right_te
     with ExitStack() as stack:
         routed = stack.enter_context(router([hasty], [decode], "--kv-lease-seconds", str(LEASE)))
         pool = stack.enter_context(ThreadPoolExecutor(len(bodies)))
-        with busy(decode, 8):
+        hasty.post(COMPLETIONS, completion(fresh(200), max_tokens=1), timeout=200)  # an engine's first takes seconds
+        with busy(decode, 8, behind=48):  # seven times 1900 tokens before any of ours gets a seat
             asked = [pool.submit(routed.post, COMPLETIONS, body, timeout=200) for body in bodies]
-            until(lambda: decode.metric("vllm:num_requests_waiting") == len(bodies), 60, "all wait in decode")
+            all_wait = 48 + len(bodies)
+            until(lambda: decode.metric("vllm:num_requests_waiting") == all_wait, 60, "all wait in decode")
             issued = time.monotonic()
             while time.monotonic() < issued + 2 * LEASE:
                 # whatever is no longer held is overwritten
                 hasty.post(COMPLETIONS, completion(fresh(400), max_tokens=1), timeout=200)
+            assert not any(one.done() for one in asked), "a seat was free before the leases could end"
         answers = [one.result() for one in asked]
     for body, answer in zip(bodies, answers, strict=True):
         assert told(answer) == told(engines.plain.post(COMPLETIONS, body, timeout=200))
     assert hasty.metric("vllm:nixl_num_kv_expired_reqs_total") == expired, "heartbeats kept the leases"
 
 
-class busy:  # noqa: N801 read as `with busy(engine, 8)`
-    """Keeps all seats of an engine's running batch taken."""
+class busy:  # noqa: N801 read as `with busy(engine, 8, behind=2)`
+    """Keeps all seats of an engine's running batch taken, with others that wait for one."""
 
-    def __init__(self, engine: RealEngine, seats: int) -> None:
+    def __init__(self, engine: RealEngine, seats: int, behind: int) -> None:
         self._engine = engine
         self._seats = seats
+        self._behind = behind
         self._over = threading.Event()
 
     def __enter__(self) -> None:
-        self._threads = [threading.Thread(target=self._sit) for _ in range(self._seats)]
+        self._threads = [threading.Thread(target=self._sit) for _ in range(self._seats + self._behind)]
         for thread in self._threads:
             thread.start()
         until(lambda: self._engine.running == self._seats, 60, "all seats are taken")
+        until(lambda: self._engine.metric("vllm:num_requests_waiting") == self._behind, 60, "the others wait")
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
