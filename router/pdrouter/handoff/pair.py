@@ -107,9 +107,9 @@ class Pair(Handoff):
 
     __slots__ = (
         "_alone", "_asked", "_bare", "_began", "_body", "_call", "_coming", "_coming_at", "_continued",
-        "_decode", "_desk", "_first_at", "_fruitless", "_headed", "_hedge", "_lacking", "_leg", "_met", "_only",
-        "_path", "_paused", "_place", "_prefill", "_record", "_refused", "_same", "_sink", "_stream", "_streams",
-        "_ticket", "_way", "deadline", "passed", "state",
+        "_decode", "_desk", "_first_at", "_fruitless", "_furthest", "_headed", "_hedge", "_lacking", "_leg", "_met",
+        "_only", "_path", "_paused", "_place", "_prefill", "_record", "_refused", "_same", "_sink", "_stream",
+        "_streams", "_ticket", "_way", "deadline", "passed", "state",
     )  # fmt: skip
 
     def __init__(
@@ -152,7 +152,7 @@ class Pair(Handoff):
         self._stream: Stream | None = None
         self._alone = False
         self._paused = False
-        self._fruitless = 0
+        self._fruitless = self._furthest = 0
         self._headed = False
         self._continued = False
         self._refused: list[Engine] = []
@@ -496,7 +496,6 @@ class Pair(Handoff):
             self._desk.edges.worked(ticket.prefill, engine, took)
             if took is not None and times is not None:
                 times.handed_over(self._lacking, took)
-        self._fruitless = 0
         if times is not None:
             self._first_at = perf_counter()
             self._met = engine.held_tokens
@@ -593,6 +592,10 @@ class Pair(Handoff):
         """Continue a stream on other engines."""
         stream = self._stream
         assert stream is not None
+        generated = stream.generated
+        if generated > self._furthest:  # what the client has may be told again without an end, which is no progress
+            self._furthest = generated
+            self._fruitless = 0
         try:
             told = stream.go_on(self._desk.longest_context())
         except CannotGoOnError as error:
