@@ -239,6 +239,80 @@ def test_a_decode_engine_that_fails_before_its_first_byte_costs_a_prefill_and_no
     run(main)
 
 
+async def tell_an_error_event_in_pieces(seen: Seen, out: Out) -> None:
+    await out.events()
+    for piece in (b'data: {"err', b'or": {"message": "EngineCore", "code": 500}}\n', b"\ndata: [DONE]\n\n"):
+        await out.chunk(piece)
+        await asyncio.sleep(0.02)
+    await out.end()
+
+
+@pytest.mark.parametrize("failure", [tell_an_error_event, tell_an_error_event_in_pieces, break_within_the_first_event])
+@pytest.mark.parametrize("fields", [{"frequency_penalty": 0.5}, {"response_format": {"type": "json_object"}}, {}])
+def test_a_stream_that_could_not_go_on_elsewhere_begins_there_while_its_client_has_nothing(
+    failure: Behaviour, fields: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        async with fleet(1, 2, continue_streams=bool(fields)) as bed:
+            bed.decodes[0].behave = bed.decodes[1].behave = once(failure, generate())
+            body = {"model": "tiny", "prompt": "hi", "max_tokens": 12, "ignore_eos": True, "stream": True} | fields
+            told = await bed.post(COMPLETIONS, body, x_request_id="r1")
+            assert (told.status, told.complete) == (200, True)
+            assert heard(told.body) == undisturbed(COMPLETIONS, body, "r1")
+            assert sorted(engine.failures for engine in bed.router.fleet.engines[Role.DECODE]) == [0, 1]
+            await quiet(bed)
+            assert ended(bed) == {"lost": 1, "collected": 1}
+
+    run(main)
+
+
+def test_a_first_event_that_tells_the_clients_own_fault_is_its_answer() -> None:
+    async def main() -> None:
+        async with fleet(1, 2) as bed:
+
+            async def refuse(seen: Seen, out: Out) -> None:
+                await out.events()
+                await out.chunk(b'data: {"error": {"message": "no such grammar", "code": 400}}\n\ndata: [DONE]\n\n')
+                await out.end()
+
+            bed.decodes[0].behave = bed.decodes[1].behave = refuse
+            told = await bed.complete(stream=True, frequency_penalty=0.5)
+            assert (told.status, told.error["message"]) == (400, "no such grammar")
+            assert len(seen_by(bed.decodes)) == 1
+            await quiet(bed)
+
+    run(main)
+
+
+@pytest.mark.parametrize("size", [1, 600_000])
+def test_what_is_no_event_is_passed_on_all_the_same(size: int) -> None:
+    """Held is what may still become an event, and no more of it than that takes."""
+
+    async def main() -> None:
+        async with fleet(1, 1) as bed:
+            text, seen_some = b"x" * size, asyncio.Event()
+
+            async def ramble(seen: Seen, out: Out) -> None:
+                await out.events()
+                await out.chunk(text)
+                if size > 1:
+                    await seen_some.wait()
+                await out.end()
+
+            bed.decode.behave = ramble
+            body = {"model": "tiny", "prompt": "hi", "stream": True, "frequency_penalty": 0.5}
+            reader, writer = await bed.connect()
+            writer.write(wire("POST", COMPLETIONS, json.dumps(body).encode()))
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            seen_some.set()
+            rest = await reader.readuntil(b"0\r\n\r\n")
+            assert rest.count(b"x") == size
+            writer.close()
+
+    run(main)
+
+
 def test_a_ticket_is_given_back_whole_in_a_request_that_vllm_refuses_after_it_was_parsed() -> None:
     async def main() -> None:
         async with fleet(1, 2) as bed:

@@ -15,7 +15,7 @@ from pdrouter.openai.continuation import IDS_FIELD, Rest, Told, continued_body, 
 DONE = b"data: [DONE]\n\n"
 _IDS = b'"token_ids":['
 _PROMPT_IDS = b'"prompt_token_ids":['
-_ERROR = b'data: {"error":'
+ERROR = b'data: {"error":'
 _PARSED = ("reasoning", "reasoning_content", "tool_calls")
 _RECENT = 48  # events; more than stop strings and incomplete characters make text lag behind
 _RECENT_BYTES = 65536  # of all of them: a slow client's events come hundreds at a time
@@ -92,7 +92,7 @@ class Stream:
                 self._rest = data
                 return b""
             self._rest, data = data[end + 2 :], data[: end + 2]
-        at = data.find(_ERROR)
+        at = data.find(ERROR)
         if at >= 0:
             self.error = data[at + 6 : data.find(b"\n\n", at)]
             data = data[:at]
