@@ -700,6 +700,69 @@ def test_a_full_queue_turns_requests_away_at_once() -> None:
     run(main)
 
 
+def test_a_stream_that_has_begun_waits_for_room_in_a_full_queue_too() -> None:
+    async def main() -> None:
+        async with fleet(1, 2, queue_size=1, queue_timeout_secs=100) as bed:
+            for engine in bed.router.fleet.engines[Role.DECODE]:
+                engine.kv_tokens = 150
+            death, end = asyncio.Event(), asyncio.Event()
+
+            async def begin_and_die(seen: Seen, out: Out) -> None:
+                await out.events()
+                await out.chunk(b"".join(answer(seen.target, seen.body, "r1")[:5]))
+                await death.wait()
+
+            async def take_time(seen: Seen, out: Out) -> None:
+                await end.wait()
+                await out.json(answer_to(seen))
+
+            first, second = bed.decodes
+            first.behave, second.behave = begin_and_die, once(take_time, generate())
+            body = {"model": "tiny", "prompt": "x", "max_tokens": 100, "stream": True, "ignore_eos": True}
+            stream = asyncio.ensure_future(bed.post(COMPLETIONS, body, x_request_id="r1"))
+            await until(lambda: first.seen, "the stream is at the first engine")
+            other = asyncio.ensure_future(bed.complete("other", max_tokens=100))
+            await until(lambda: second.seen, "the second engine is full")
+            patient = asyncio.ensure_future(bed.complete("patient", max_tokens=100))
+            await until(lambda: len(bed.router.desk.waiting) == 1, "the queue is full")
+            assert (await bed.complete("one too many", max_tokens=100)).status == 429
+            await gone(bed, first)
+            await until(lambda: len(bed.router.desk.waiting) == 2, "the stream waits too")
+            assert (await bed.complete("one too many", max_tokens=100)).status == 429
+            bed.router.desk.waiting.wake()  # in vain: nobody loses a place by that
+            end.set()
+            assert (await other).status == (await patient).status == 200
+            told = await stream
+            assert told.complete
+            assert heard(told.body) == undisturbed(COMPLETIONS, body, "r1")
+            await quiet(bed)
+
+    run(main)
+
+
+def test_requests_with_tickets_wait_for_decode_in_a_full_queue_too() -> None:
+    async def main() -> None:
+        async with fleet(1, 1, queue_size=1, health_interval_secs=0.1) as bed:
+            go_on = asyncio.Event()
+
+            async def prefill(seen: Seen, out: Out) -> None:
+                await go_on.wait()
+                await issue()(seen, out)
+
+            bed.prefill.behave = prefill
+            asking = [asyncio.ensure_future(bed.complete(f"{number}")) for number in range(3)]
+            await until(lambda: len(bed.prefill.seen) == 3, "all are at prefill")
+            await gone(bed, bed.decode)
+            go_on.set()
+            await until(lambda: bed.router.desk.waiting.count(Role.DECODE) == 3, "all wait with their tickets")
+            await bed.decode.start_again()
+            assert [(await one).status for one in asking] == [200, 200, 200]
+            assert len(bed.prefill.seen) == 3
+            await quiet(bed)
+
+    run(main)
+
+
 def test_a_ticket_waits_for_a_decode_engine_that_comes_back() -> None:
     async def main() -> None:
         async with fleet(1, 1, health_interval_secs=0.1) as bed:

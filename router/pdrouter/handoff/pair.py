@@ -206,7 +206,7 @@ class Pair(Handoff):
             self._refused.clear()
             desk.later(self, self._fruitless)
             return
-        desk.waiting.park(self, role)
+        desk.waiting.park(self, role, self._headed or self._ticket is not None)
 
     def gave_up(self, role: Role | None, seconds: float, retry_after: int) -> None:
         """It waited as long as a request may wait (`pdrouter.handoff.waiting`)."""
