@@ -473,6 +473,34 @@ def test_a_stream_whose_engine_dies_goes_on_as_if_nothing_had_happened(
     run(main)
 
 
+@pytest.mark.parametrize("deaths", [(1,), (1, 1), (1, 0.5)], ids=["once", "twice", "later, too"])
+def test_a_conversation_that_has_said_nothing_is_asked_once_more(deaths: tuple[float, ...]) -> None:
+    """A completion by ids would tell the reasoning that may come first as text."""
+
+    async def main() -> None:
+        async with fleet(2, 2) as bed:
+            engine, order = generate(*deaths), list[Seen]()
+
+            async def decode(seen: Seen, out: Out) -> None:
+                order.append(seen)
+                await engine(seen, out)
+
+            bed.decodes[0].behave = bed.decodes[1].behave = decode
+            body = {"model": "tiny", "max_tokens": 40, "stream": True, "temperature": 0, "ignore_eos": True}
+            body |= {"messages": [{"role": "user", "content": "hi"}]}
+            told = await bed.post(CHAT, body, x_request_id="r1")
+            assert told.complete
+            assert heard(told.body) == undisturbed(CHAT, body, "r1")
+            later = [COMPLETIONS] if deaths[-1] != 1 else []
+            assert [seen.target for seen in order] == [CHAT] * (1 + len(deaths) - len(later)) + later
+            assert {seen.target for seen in seen_by(bed.prefills)} == {CHAT, *later}
+            assert len({ticket_of(seen) for seen in order}) == len(order)
+            assert f"pd_router_continued_streams_total {len(deaths)}.0" in await bed.metrics()
+            await quiet(bed)
+
+    run(main)
+
+
 def test_a_ticket_that_waited_for_the_router_to_run_again_counts_from_before() -> None:
     async def main() -> None:
         async with fleet(1, 1, kv_lease_seconds=0.8) as bed:

@@ -609,11 +609,12 @@ class Pair(Handoff):
             return
         self._record.continued += 1
         self._continued = True
-        self._body = told
-        self._bare = encoded(told)
-        self._asked = Prompt(self._asked.key, told, self._asked.session)
-        if self._path == CHAT:
-            self._way.at(COMPLETIONS.encode())
+        if told is not None:
+            self._body = told
+            self._bare = encoded(told)
+            self._asked = Prompt(self._asked.key, told, self._asked.session)
+            if self._path == CHAT:
+                self._way.at(COMPLETIONS.encode())
         self._again(engine, failure)
 
     def _not_continued(self, why: Exception) -> None:
