@@ -46,19 +46,6 @@ def test_a_batch_has_one_id_and_its_parts_have_their_own():
     run(main)
 
 
-def test_choice_j_of_prompt_i_has_index_i_n_plus_j():
-    async def main():
-        async with routed() as bed:
-            answer = await bed.complete(["a", "b"], n=3)
-            texts = {c["index"]: c["text"] for c in answer.json["choices"]}
-            assert texts == {0: "<a>0", 1: "<a>1", 2: "<a>2", 3: "<b>0", 4: "<b>1", 5: "<b>2"}
-            stream = await bed.complete(["a", "b"], n=3, stream=True)
-            told = {c["index"]: c["text"] for e in stream.events for c in e["choices"] if c["text"] != "!"}
-            assert told == texts
-
-    run(main)
-
-
 @pytest.mark.parametrize("usage", [False, True])
 def test_a_streamed_batch_has_one_usage_one_fingerprint_and_one_end(usage):
     async def main():

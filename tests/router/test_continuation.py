@@ -1,5 +1,7 @@
 """A stream that is cut anywhere, any number of times, and goes on elsewhere is the stream that was not cut."""
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +103,8 @@ def served(path: str, body: dict[str, Any], cuts: Sequence[Life], last: Life, sa
         if isinstance(told, bytes):
             out += told
             break
-        asked_path, asked = COMPLETIONS, told
+        if told is not None:
+            asked_path, asked = COMPLETIONS, told
     return out
 
 
@@ -246,6 +249,62 @@ def test_a_stream_that_the_engine_parses_cannot_go_on(name: str) -> None:
         stream.go_on(ROOM)
 
 
+def reasoned(events: list[bytes], tokens: int) -> list[bytes]:
+    """Give a conversation's events as a reasoning parser tells them: nothing of the first token, then reasoning."""
+    mark = b'"delta":{"content":'
+    said = [event.replace(mark, b'"delta":{"reasoning":') for event in events[2 : tokens + 1]]
+    silent = re.sub(rb'"delta":{"content":[^}]*}', b'"delta":{}', events[1])
+    return [events[0], silent, *said, *events[tokens + 1 :]]
+
+
+def chunks(stream: bytes) -> list[Any]:
+    return [json.loads(event[6:]) for event in stream.split(b"\n\n")[:-1] if event != b"data: [DONE]"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"return_token_ids": True}, {"stream_options": {"include_usage": True}}])
+@pytest.mark.parametrize("told", [1, 2])
+def test_a_conversation_that_has_said_nothing_is_asked_once_more_and_its_reasoning_stays_reasoning(
+    told: int, fields: dict[str, Any]
+) -> None:
+    stream, body = stream_of(CHAT, max_tokens=30, ignore_eos=True, **fields)
+    events = reasoned(answer(CHAT, body | {"return_token_ids": True}, "0"), 5)
+    others = reasoned(answer(CHAT, body | {"return_token_ids": True}, "0", created=9), 5)
+    sent = stream.feed(b"".join(events[:told]))
+    for more in ([], others[:1], others[:2], others):  # engines that died early, and one that did not
+        assert stream.go_on(None) is None
+        stream.attempt()
+        sent += stream.feed(b"".join(more))
+    assert (stream.complete, stream.differs) == (True, None)
+    got, right = chunks(sent), chunks(b"".join(reasoned(answer(CHAT, body, "0"), 5)))
+    ids = [one for chunk in got for choice in chunk["choices"] for one in choice.pop("token_ids", None) or []]
+    for chunk in right:
+        for choice in chunk["choices"]:
+            choice.pop("token_ids", None)
+    silent = right[1]
+    assert [chunk for chunk in got if chunk != silent] == [chunk for chunk in right if chunk != silent]
+    assert ids == (undisturbed(CHAT, body).ids if "return_token_ids" in fields else [])
+
+
+def test_a_conversation_that_was_asked_once_more_and_reasons_cannot_go_on() -> None:
+    stream, body = stream_of(CHAT, max_tokens=30, ignore_eos=True)
+    events = reasoned(answer(CHAT, body | {"return_token_ids": True}, "0"), 5)
+    stream.feed(events[0])
+    assert stream.go_on(ROOM) is None
+    stream.attempt()
+    stream.feed(b"".join(events[:4]))
+    with pytest.raises(CannotGoOnError, match="parses"):
+        stream.go_on(ROOM)
+
+
+def test_a_conversation_that_is_asked_once_more_never_shows_other_ids_for_those_that_its_client_has() -> None:
+    stream, body = stream_of(CHAT, max_tokens=30, ignore_eos=True, stop=["q" * 200], return_token_ids=True)
+    stream.feed(begun(CHAT, body, 6))
+    assert stream.go_on(ROOM) is None
+    stream.attempt()
+    stream.feed(begun(CHAT, body, 99, salt=5))
+    assert stream.differs == "the other engine generated other tokens"
+
+
 def test_a_stream_of_an_engine_that_tells_no_ids_cannot_go_on() -> None:
     stream, body = stream_of(max_tokens=30)
     stream.feed(b"".join(answer(COMPLETIONS, body, "0")[:4]))
@@ -271,11 +330,14 @@ def test_a_stream_of_an_engine_that_tells_no_ids_cannot_go_on() -> None:
         (CHAT, {"messages": [{"content": [{"type": "image_url"}]}]}, "media"),
         (CHAT, {"messages": [{"content": [{"type": "text", "text": "x"}]}]}, None),
         (CHAT, {"logprobs": True}, "chat_logprobs"),
+        (CHAT, {"include_reasoning": False}, "include_reasoning"),
+        (CHAT, {"include_reasoning": "no"}, "include_reasoning"),
+        (CHAT, {"include_reasoning": True}, None),
         *[
             (CHAT, {name: "x"}, name)
             for name in ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
                          "guided_grammar", "structural_tag", "tools", "functions", "bad_words", "logits_processors",
-                         "thinking_token_budget")
+                         "thinking_token_budget", "repetition_detection")
         ],
     ],
 )  # fmt: skip

@@ -239,6 +239,80 @@ def test_a_decode_engine_that_fails_before_its_first_byte_costs_a_prefill_and_no
     run(main)
 
 
+async def tell_an_error_event_in_pieces(seen: Seen, out: Out) -> None:
+    await out.events()
+    for piece in (b'data: {"err', b'or": {"message": "EngineCore", "code": 500}}\n', b"\ndata: [DONE]\n\n"):
+        await out.chunk(piece)
+        await asyncio.sleep(0.02)
+    await out.end()
+
+
+@pytest.mark.parametrize("failure", [tell_an_error_event, tell_an_error_event_in_pieces, break_within_the_first_event])
+@pytest.mark.parametrize("fields", [{"frequency_penalty": 0.5}, {"response_format": {"type": "json_object"}}, {}])
+def test_a_stream_that_could_not_go_on_elsewhere_begins_there_while_its_client_has_nothing(
+    failure: Behaviour, fields: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        async with fleet(1, 2, continue_streams=bool(fields)) as bed:
+            bed.decodes[0].behave = bed.decodes[1].behave = once(failure, generate())
+            body = {"model": "tiny", "prompt": "hi", "max_tokens": 12, "ignore_eos": True, "stream": True} | fields
+            told = await bed.post(COMPLETIONS, body, x_request_id="r1")
+            assert (told.status, told.complete) == (200, True)
+            assert heard(told.body) == undisturbed(COMPLETIONS, body, "r1")
+            assert sorted(engine.failures for engine in bed.router.fleet.engines[Role.DECODE]) == [0, 1]
+            await quiet(bed)
+            assert ended(bed) == {"lost": 1, "collected": 1}
+
+    run(main)
+
+
+def test_a_first_event_that_tells_the_clients_own_fault_is_its_answer() -> None:
+    async def main() -> None:
+        async with fleet(1, 2) as bed:
+
+            async def refuse(seen: Seen, out: Out) -> None:
+                await out.events()
+                await out.chunk(b'data: {"error": {"message": "no such grammar", "code": 400}}\n\ndata: [DONE]\n\n')
+                await out.end()
+
+            bed.decodes[0].behave = bed.decodes[1].behave = refuse
+            told = await bed.complete(stream=True, frequency_penalty=0.5)
+            assert (told.status, told.error["message"]) == (400, "no such grammar")
+            assert len(seen_by(bed.decodes)) == 1
+            await quiet(bed)
+
+    run(main)
+
+
+@pytest.mark.parametrize("size", [1, 600_000])
+def test_what_is_no_event_is_passed_on_all_the_same(size: int) -> None:
+    """Held is what may still become an event, and no more of it than that takes."""
+
+    async def main() -> None:
+        async with fleet(1, 1) as bed:
+            text, seen_some = b"x" * size, asyncio.Event()
+
+            async def ramble(seen: Seen, out: Out) -> None:
+                await out.events()
+                await out.chunk(text)
+                if size > 1:
+                    await seen_some.wait()
+                await out.end()
+
+            bed.decode.behave = ramble
+            body = {"model": "tiny", "prompt": "hi", "stream": True, "frequency_penalty": 0.5}
+            reader, writer = await bed.connect()
+            writer.write(wire("POST", COMPLETIONS, json.dumps(body).encode()))
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            seen_some.set()
+            rest = await reader.readuntil(b"0\r\n\r\n")
+            assert rest.count(b"x") == size
+            writer.close()
+
+    run(main)
+
+
 def test_a_ticket_is_given_back_whole_in_a_request_that_vllm_refuses_after_it_was_parsed() -> None:
     async def main() -> None:
         async with fleet(1, 2) as bed:
@@ -392,6 +466,34 @@ def test_a_stream_whose_engine_dies_goes_on_as_if_nothing_had_happened(
             assert len(others) == len(deaths)
             asked_prefill = [seen.body["prompt"] for seen in seen_by(bed.prefills) if "prompt" in seen.body]
             assert all(seen.body["prompt"] in asked_prefill for seen in others), "a continuation is handed over too"
+            assert len({ticket_of(seen) for seen in order}) == len(order)
+            assert f"pd_router_continued_streams_total {len(deaths)}.0" in await bed.metrics()
+            await quiet(bed)
+
+    run(main)
+
+
+@pytest.mark.parametrize("deaths", [(1,), (1, 1), (1, 0.5)], ids=["once", "twice", "later, too"])
+def test_a_conversation_that_has_said_nothing_is_asked_once_more(deaths: tuple[float, ...]) -> None:
+    """A completion by ids would tell the reasoning that may come first as text."""
+
+    async def main() -> None:
+        async with fleet(2, 2) as bed:
+            engine, order = generate(*deaths), list[Seen]()
+
+            async def decode(seen: Seen, out: Out) -> None:
+                order.append(seen)
+                await engine(seen, out)
+
+            bed.decodes[0].behave = bed.decodes[1].behave = decode
+            body = {"model": "tiny", "max_tokens": 40, "stream": True, "temperature": 0, "ignore_eos": True}
+            body |= {"messages": [{"role": "user", "content": "hi"}]}
+            told = await bed.post(CHAT, body, x_request_id="r1")
+            assert told.complete
+            assert heard(told.body) == undisturbed(CHAT, body, "r1")
+            later = [COMPLETIONS] if deaths[-1] != 1 else []
+            assert [seen.target for seen in order] == [CHAT] * (1 + len(deaths) - len(later)) + later
+            assert {seen.target for seen in seen_by(bed.prefills)} == {CHAT, *later}
             assert len({ticket_of(seen) for seen in order}) == len(order)
             assert f"pd_router_continued_streams_total {len(deaths)}.0" in await bed.metrics()
             await quiet(bed)
@@ -622,6 +724,69 @@ def test_a_full_queue_turns_requests_away_at_once() -> None:
             assert (told.status, int(told.headers["retry-after"]) >= 1) == (503, True)
             for one in asking:
                 one.cancel()
+
+    run(main)
+
+
+def test_a_stream_that_has_begun_waits_for_room_in_a_full_queue_too() -> None:
+    async def main() -> None:
+        async with fleet(1, 2, queue_size=1, queue_timeout_secs=100) as bed:
+            for engine in bed.router.fleet.engines[Role.DECODE]:
+                engine.kv_tokens = 150
+            death, end = asyncio.Event(), asyncio.Event()
+
+            async def begin_and_die(seen: Seen, out: Out) -> None:
+                await out.events()
+                await out.chunk(b"".join(answer(seen.target, seen.body, "r1")[:5]))
+                await death.wait()
+
+            async def take_time(seen: Seen, out: Out) -> None:
+                await end.wait()
+                await out.json(answer_to(seen))
+
+            first, second = bed.decodes
+            first.behave, second.behave = begin_and_die, once(take_time, generate())
+            body = {"model": "tiny", "prompt": "x", "max_tokens": 100, "stream": True, "ignore_eos": True}
+            stream = asyncio.ensure_future(bed.post(COMPLETIONS, body, x_request_id="r1"))
+            await until(lambda: first.seen, "the stream is at the first engine")
+            other = asyncio.ensure_future(bed.complete("other", max_tokens=100))
+            await until(lambda: second.seen, "the second engine is full")
+            patient = asyncio.ensure_future(bed.complete("patient", max_tokens=100))
+            await until(lambda: len(bed.router.desk.waiting) == 1, "the queue is full")
+            assert (await bed.complete("one too many", max_tokens=100)).status == 429
+            await gone(bed, first)
+            await until(lambda: len(bed.router.desk.waiting) == 2, "the stream waits too")
+            assert (await bed.complete("one too many", max_tokens=100)).status == 429
+            bed.router.desk.waiting.wake()  # in vain: nobody loses a place by that
+            end.set()
+            assert (await other).status == (await patient).status == 200
+            told = await stream
+            assert told.complete
+            assert heard(told.body) == undisturbed(COMPLETIONS, body, "r1")
+            await quiet(bed)
+
+    run(main)
+
+
+def test_requests_with_tickets_wait_for_decode_in_a_full_queue_too() -> None:
+    async def main() -> None:
+        async with fleet(1, 1, queue_size=1, health_interval_secs=0.1) as bed:
+            go_on = asyncio.Event()
+
+            async def prefill(seen: Seen, out: Out) -> None:
+                await go_on.wait()
+                await issue()(seen, out)
+
+            bed.prefill.behave = prefill
+            asking = [asyncio.ensure_future(bed.complete(f"{number}")) for number in range(3)]
+            await until(lambda: len(bed.prefill.seen) == 3, "all are at prefill")
+            await gone(bed, bed.decode)
+            go_on.set()
+            await until(lambda: bed.router.desk.waiting.count(Role.DECODE) == 3, "all wait with their tickets")
+            await bed.decode.start_again()
+            assert [(await one).status for one in asking] == [200, 200, 200]
+            assert len(bed.prefill.seen) == 3
+            await quiet(bed)
 
     run(main)
 

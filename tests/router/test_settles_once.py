@@ -18,6 +18,7 @@ from pdrouter.fleet.fleet import Fleet
 from pdrouter.handoff.desk import Desk, Rules
 from pdrouter.handoff.failure import Failure
 from pdrouter.handoff.pair import Pair
+from pdrouter.handoff.retries import EACH
 from pdrouter.handoff.ticket import Cause, Ticket
 from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
@@ -172,7 +173,7 @@ def chunk(number: int, finish: str | None = None) -> bytes:
 class World:
     """A router's inside with one request in it."""
 
-    def __init__(self, stream: bool, hedge: float = 0) -> None:
+    def __init__(self, stream: bool, hedge: float = 0, **fields: Any) -> None:
         self.loop = Loop()
         loop: Any = self.loop
         self.fleet = Fleet(loop)
@@ -218,7 +219,7 @@ class World:
         self.ledger = self.desk.ledger
         object.__setattr__(self.ledger, "issued", issued)
         object.__setattr__(self.ledger, "settle", settle_once)
-        body: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 50, "stream": stream}
+        body: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 50, "stream": stream} | fields
         self.sink = Sink()
         self.record = Record("r", "/v1/completions", generation=True)
         self.pair = Pair(
@@ -419,3 +420,26 @@ def test_a_continued_stream_has_every_piece_once_and_in_order(texts: list[str]) 
             prompt = json.loads(told)["prompt"]
             assert prompt[:2] == [1, 2]
             assert [f"w{one}" for one in prompt[2:]] == words[: len(prompt) - 2], "what was told is the new prompt"
+
+
+def test_a_stream_that_only_repeats_itself_gets_no_further_and_ends() -> None:
+    """A long stop string holds text back: each continuation begins before what the client has, and dies there."""
+    world = World(True, stop=["a rather long stop string"])
+    died = 0
+    for _ in range(200):
+        for engine in world.fleet:
+            world.fleet.mark(engine, True, "test")
+        for call in world.pool.open[:1]:
+            if world.is_prefill(call) or b'"min_tokens":2' in call.request or call.request.startswith(b"GET"):
+                world.answer(call, "ok", 0)
+                continue
+            died += 1
+            call.receiver.head(200, [])
+            call.begun = True
+            told = json.loads(call.request.partition(b"\r\n\r\n")[2])["prompt"]
+            for number in range(len(told) - 2 if isinstance(told, list) else 0, 2):
+                call.receiver.body(chunk(number))
+            world.answer(call, "closed", 0)
+        world.loop.pass_time(0.6)
+    assert [failure.reason for failure in world.sink.failures] == ["closed"]
+    assert died == 1 + EACH

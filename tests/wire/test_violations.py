@@ -125,6 +125,17 @@ def test_a_ticket_used_twice_is_listed(pair: Pair) -> None:
     assert pair.rules() == {"ticket_reused"}
 
 
+def test_a_choice_that_fetches_after_another_has_freed_the_blocks_is_listed(pair: Pair) -> None:
+    """Decode has room for one of the two choices."""
+    made = Pair("--num-gpu-blocks", "12")
+    made.prefill = pair.prefill
+    ids = list(range(10, 1010))
+    with made.decode:
+        answer = made.collect(ids, made.ticket(ids), max_tokens=150, n=2, temperature=0.7, ignore_eos=True)
+        assert answer.status_code == 200
+        assert made.rules() == {"ticket_reused"}
+
+
 def test_a_ticket_of_another_prompt_gives_wrong_text_with_status_200_and_poisons_the_cache(pair: Pair) -> None:
     own, foreign = fresh(300), fresh(310)
     answer = pair.collect(own, pair.ticket(foreign))

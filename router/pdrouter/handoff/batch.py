@@ -46,7 +46,7 @@ class Batch(Delivery):
     """Serves the prompts of one request side by side and merges what comes back."""
 
     def __init__(
-        self, desk: Desk, client: Client, record: Record, prompts: int, n: int, stream: bool,
+        self, desk: Desk, client: Client, record: Record, prompts: int, stream: bool,
         make: Callable[[int, Part], Served],
     ) -> None:  # fmt: skip
         """Prepare.
@@ -56,18 +56,16 @@ class Batch(Delivery):
             client: who asked.
             record: of the whole request.
             prompts: how many there are.
-            n: choices for each prompt.
             stream: whether the client asked for events.
             make: makes what serves prompt number i and gives its answer to a part.
         """
         super().__init__(desk, client, record)
         self.part_headers: Headers = []
         self._prompts = prompts
-        self._n = n
         self._make = make
         self._next = 0
         self._open = prompts
-        self._merge = StreamMerge(prompts, n) if stream else None
+        self._merge = StreamMerge(prompts) if stream else None
         self._answers: list[list[bytes]] = [[] for _ in range(prompts)]
         self._slow = False
 
@@ -147,7 +145,7 @@ class Batch(Delivery):
     def _respond(self) -> None:
         try:
             answers = [orjson.loads(b"".join(chunks)) for chunks in self._answers]
-            merged = merge_answers(answers, self._n, self._whole_id())
+            merged = merge_answers(answers, self._whole_id())
         except (ValueError, KeyError, TypeError) as error:
             self.fail(leg_failure(502, "decode", "malformed", f"A decode engine's answer cannot be merged: {error}."))
             return

@@ -181,7 +181,7 @@ class Desk:
         """Predict how many tokens a request will hold on decode: its prompt and what answers have lately had."""
         limit = asked.max_tokens
         typical = int(self._typical)
-        return asked.tokens + (min(limit, typical) if limit else typical)
+        return asked.tokens + asked.choices * (min(limit, typical) if limit else typical)
 
     def has_room(self, engine: Engine, asked: Prompt) -> bool:
         """Whether an engine's KV cache has room for a request, as far as its size is known.

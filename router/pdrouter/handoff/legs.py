@@ -6,7 +6,7 @@ from typing import ClassVar
 import orjson
 
 from pdrouter.fleet.engine import Engine
-from pdrouter.handoff.stream import Stream
+from pdrouter.handoff.stream import ERROR, Stream
 from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import ClosedError, StalledError, UpstreamError
 from pdrouter.upstream.pool import Call
@@ -163,8 +163,9 @@ _COLLECT, _FIRST, _PASS, _LEARN, _FOLLOW = range(5)
 class DecodeLeg:
     """Takes decode's answer.
 
-    Nothing is passed on before there is a first byte of the body, and an answer that is no stream not before it is
-    complete: until then another engine can take over without the client noticing anything but time.
+    Nothing is passed on before there is a first event of a stream, and an answer that is no stream not before it is
+    complete: until then another engine can take over without the client noticing anything but time. A first event that
+    tells an error is such a failure.
     """
 
     __slots__ = (
@@ -222,16 +223,32 @@ class DecodeLeg:
         if self._size > LARGEST and self._status == 200:  # too much to hold: pass it on and do without a second try
             self._whole = False
             pieces, self._pieces = self._pieces, []
-            self._first(b"".join(pieces))
+            self._pass_on(b"".join(pieces))
 
     def _first(self, data: bytes) -> None:
         if self._stream is not None:
             self._mode = _FOLLOW
             self._follow(data)
             return
+        if self._pieces:
+            data = self._pieces.pop() + data
+        end = data.find(b"\n\n")
+        if end < 0 and len(data) <= LEARNT:  # what is longer is passed on as it comes
+            self._pieces.append(data)
+        elif data.startswith(ERROR):
+            self._error_event(data[6:] if end < 0 else data[6:end])
+        else:
+            self._pass_on(data)
+
+    def _pass_on(self, data: bytes) -> None:
+        """Begin to pass the answer on."""
         self._begin()
         self._mode = _LEARN if self._learns else _PASS
         self.body(data)
+
+    def _error_event(self, event: bytes) -> None:
+        message = f"{self.engine.url} ended its stream with an error"
+        self._handoff.decode_failed(self.engine, EngineEventError(message, event))
 
     def _begin(self) -> None:
         self._began = True
@@ -251,8 +268,7 @@ class DecodeLeg:
         if stream.differs is not None:
             self._handoff.decode_failed(self.engine, OtherStreamError(f"{self.engine.url}: {stream.differs}"))
         elif stream.error is not None:
-            message = f"{self.engine.url} ended its stream with an error"
-            self._handoff.decode_failed(self.engine, EngineEventError(message, stream.error))
+            self._error_event(stream.error)
 
     def _learn(self, data: bytes) -> None:
         """Pass on a piece, and keep it for the policy while the answer is not too long for that."""
@@ -281,7 +297,9 @@ class DecodeLeg:
             if self._learns and len(whole) <= LEARNT:
                 answer = whole
         else:
-            if not self._began:
+            if self._pieces:  # it had no whole event
+                self._pass_on(self._pieces.pop())
+            elif not self._began:
                 self._begin()
             if self._kept is not None:
                 answer = b"".join(self._kept)

@@ -107,9 +107,9 @@ class Pair(Handoff):
 
     __slots__ = (
         "_alone", "_asked", "_bare", "_began", "_body", "_call", "_coming", "_coming_at", "_continued",
-        "_decode", "_desk", "_first_at", "_fruitless", "_headed", "_hedge", "_lacking", "_leg", "_met", "_only",
-        "_path", "_paused", "_place", "_prefill", "_record", "_refused", "_same", "_sink", "_stream", "_streams",
-        "_ticket", "_way", "deadline", "passed", "state",
+        "_decode", "_desk", "_first_at", "_fruitless", "_furthest", "_headed", "_hedge", "_lacking", "_leg", "_met",
+        "_only", "_path", "_paused", "_place", "_prefill", "_record", "_refused", "_same", "_sink", "_stream",
+        "_streams", "_ticket", "_way", "deadline", "passed", "state",
     )  # fmt: skip
 
     def __init__(
@@ -152,7 +152,7 @@ class Pair(Handoff):
         self._stream: Stream | None = None
         self._alone = False
         self._paused = False
-        self._fruitless = 0
+        self._fruitless = self._furthest = 0
         self._headed = False
         self._continued = False
         self._refused: list[Engine] = []
@@ -206,7 +206,7 @@ class Pair(Handoff):
             self._refused.clear()
             desk.later(self, self._fruitless)
             return
-        desk.waiting.park(self, role)
+        desk.waiting.park(self, role, self._headed or self._ticket is not None)
 
     def gave_up(self, role: Role | None, seconds: float, retry_after: int) -> None:
         """It waited as long as a request may wait (`pdrouter.handoff.waiting`)."""
@@ -496,7 +496,6 @@ class Pair(Handoff):
             self._desk.edges.worked(ticket.prefill, engine, took)
             if took is not None and times is not None:
                 times.handed_over(self._lacking, took)
-        self._fruitless = 0
         if times is not None:
             self._first_at = perf_counter()
             self._met = engine.held_tokens
@@ -593,6 +592,10 @@ class Pair(Handoff):
         """Continue a stream on other engines."""
         stream = self._stream
         assert stream is not None
+        generated = stream.generated
+        if generated > self._furthest:  # what the client has may be told again without an end, which is no progress
+            self._furthest = generated
+            self._fruitless = 0
         try:
             told = stream.go_on(self._desk.longest_context())
         except CannotGoOnError as error:
@@ -606,11 +609,12 @@ class Pair(Handoff):
             return
         self._record.continued += 1
         self._continued = True
-        self._body = told
-        self._bare = encoded(told)
-        self._asked = Prompt(self._asked.key, told, self._asked.session)
-        if self._path == CHAT:
-            self._way.at(COMPLETIONS.encode())
+        if told is not None:
+            self._body = told
+            self._bare = encoded(told)
+            self._asked = Prompt(self._asked.key, told, self._asked.session)
+            if self._path == CHAT:
+                self._way.at(COMPLETIONS.encode())
         self._again(engine, failure)
 
     def _not_continued(self, why: Exception) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import orjson
 
-from pdrouter.openai.continuation import IDS_FIELD, Rest, Told, continued_body, cut, held_back, told_by
+from pdrouter.openai.asked import CHAT
+from pdrouter.openai.continuation import IDS_FIELD, Again, Rest, Told, continued_body, cut, held_back, told_by
 
 DONE = b"data: [DONE]\n\n"
 _IDS = b'"token_ids":['
 _PROMPT_IDS = b'"prompt_token_ids":['
-_ERROR = b'data: {"error":'
-_PARSED = ("reasoning", "reasoning_content", "tool_calls")
+ERROR = b'data: {"error":'
 _RECENT = 48  # events; more than stop strings and incomplete characters make text lag behind
 _RECENT_BYTES = 65536  # of all of them: a slow client's events come hundreds at a time
 
@@ -92,7 +92,7 @@ class Stream:
                 self._rest = data
                 return b""
             self._rest, data = data[end + 2 :], data[: end + 2]
-        at = data.find(_ERROR)
+        at = data.find(ERROR)
         if at >= 0:
             self.error = data[at + 6 : data.find(b"\n\n", at)]
             data = data[:at]
@@ -175,14 +175,12 @@ class Stream:
                     self._usage_told = self._usage_told or chunk.get("usage") is not None
                 else:
                     told.append(said)
-                    choice = chunk["choices"][0]
-                    delta = choice.get("delta")
-                    if isinstance(delta, dict) and any(delta.get(name) for name in _PARSED):
-                        raise CannotGoOnError("the engine parses reasoning or tools out of the text")
         return told
 
-    def go_on(self, room: int | None) -> dict[str, Any] | bytes:
+    def go_on(self, room: int | None) -> dict[str, Any] | bytes | None:
         """Give the body of the completion that goes on, or the events that are missing where only the end is.
+
+        None says that the same is to be asked once more: it is a conversation of which the client has no word yet.
 
         Args:
             room: the longest context that engines take, if known.
@@ -198,6 +196,11 @@ class Stream:
             recent = self._read()
         except (orjson.JSONDecodeError, KeyError, TypeError, IndexError) as error:
             raise CannotGoOnError(f"the stream cannot be read: {error}") from None
+        first = self._first
+        if first is None:
+            raise CannotGoOnError("it has no event that tells anything")
+        if any(one.parsed for one in recent):
+            raise CannotGoOnError("the engine parses reasoning or tools out of the text")
         prompt, generated = _numbers(self._prompt), _numbers(bytes(self._generated))
         if recent and recent[-1].finish:
             return self._end(len(prompt), len(generated))
@@ -208,9 +211,15 @@ class Stream:
         start = cut(recent, len(generated), self._held, self._whole, unsaid)
         if start is None:
             raise CannotGoOnError("its text lags too far behind its tokens")
-        body = continued_body(self._path, self._body, prompt, generated[: start.tokens], room)
-        if body is None or self._first is None:
-            raise CannotGoOnError("how many tokens it may still have is not known")
+        nothing = self._whole and not unsaid and not any(one.text for one in recent)
+        kind: type[Rest] = Rest
+        body: dict[str, Any] | None = None
+        if nothing and self._path == CHAT:
+            kind = Again
+        else:
+            body = continued_body(self._path, self._body, prompt, generated[: start.tokens], room)
+            if body is None:
+                raise CannotGoOnError("how many tokens it may still have is not known")
         told = generated[start.tokens :] + untold
         self._generated = bytearray(b"".join([b"%d," % one for one in generated[: start.tokens]]))
         recent = [*recent[: start.events], Told(0, start.unsent, None, False)]
@@ -218,9 +227,7 @@ class Stream:
         self._recent = deque(recent[-_RECENT:])
         self._recent_bytes = 0
         shows_ids = self._keeps_ids or self._body.get("logprobs") is not None
-        self._rewrite = Rest(
-            self._path, self._first, start, len(prompt), told, shows_ids, self._keeps_ids, self._continuous
-        )
+        self._rewrite = kind(self._path, first, start, len(prompt), told, shows_ids, self._keeps_ids, self._continuous)
         return body
 
     def _end(self, prompt: int, generated: int) -> bytes:
@@ -242,7 +249,7 @@ class Stream:
             elif event.startswith(b"data: {"):
                 try:
                     told, ids, said = self._rewrite.chunk(orjson.loads(event[6:]))
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     self.differs = str(error)
                     break
                 out.append(told)

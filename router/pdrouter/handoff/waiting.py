@@ -45,7 +45,7 @@ class Waiting:
 
         Args:
             loop: keeps the time.
-            most: how many may wait.
+            most: how many may wait before the next one is sent away.
             seconds: how long each may wait.
         """
         self._loop = loop
@@ -65,12 +65,20 @@ class Waiting:
         """How many wait for an engine of a role, or for room (None)."""
         return sum(1 for place in self._places.values() if place.role is role)
 
-    def park(self, one: Parked, role: Role | None) -> None:
-        """Let a request wait until `wake`. What it has waited before counts, and it keeps its place."""
+    def park(self, one: Parked, role: Role | None, held: bool = False) -> None:
+        """Let a request wait until `wake`. What it has waited before counts, and it keeps its place.
+
+        Args:
+            one: the request.
+            role: for an engine of which it waits, or None for room.
+            held: whether it has something to lose, an answer that has begun or KV blocks: it waits in a full queue too.
+                Such requests have been served, so there are never more of them than may be under way at once.
+        """
         now = self._loop.time()
+        came = one not in self._since
         since = self._since.setdefault(one, now)
         deadline = min(since + self._seconds, one.deadline)
-        if len(self._places) >= self._most or now >= deadline:
+        if (came and not held and len(self._places) >= self._most) or now >= deadline:
             del self._since[one]
             self._loop.call_soon(one.gave_up, role, now - since, self.retry_after())
             return

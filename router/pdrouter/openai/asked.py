@@ -142,12 +142,8 @@ def read(path: str, raw: bytes, most_prompts: int) -> Asked:
     stream = body.get("stream")
     prompts = _batch(body) if path == COMPLETIONS else None
     alone = why_alone(body)
-    if alone is None and prompts is not None:
-        # vLLM takes more spellings (`"stream": "yes"`, `"n": "2"`) than the merging of answers could trust.
-        if not isinstance(stream, bool | None):
-            alone = "odd_stream"
-        elif not isinstance(body.get("n"), int | None):
-            alone = "odd_n"
+    if alone is None and prompts is not None and not isinstance(stream, bool | None):
+        alone = "odd_stream"  # vLLM takes more spellings (`"stream": "yes"`) than the merging of answers could trust
     return Asked(body, bare, alone, prompts, stream is True)
 
 
@@ -156,8 +152,9 @@ def why_alone(body: Mapping[str, Any]) -> str | None:
 
     Scores of the prompt make vLLM 0.32 compute the prompt again on decode and drop what was transferred
     (`skip_reading_prefix_cache`), so a handoff is wasted; with `max_tokens` 0 nothing is left to decode. Beam search
-    starts many generations from one request, of which a ticket can serve one. Embedded prompts and mixed batches have
-    no single prompt to hand over.
+    and several choices start many generations from one request, of which a ticket can serve one: each choice fetches
+    for itself, and the first that has done so frees the blocks, which may hold another prompt when the next one has
+    room. Embedded prompts and mixed batches have no single prompt to hand over.
     """
     if not body:
         return "empty_body"
@@ -169,6 +166,8 @@ def why_alone(body: Mapping[str, Any]) -> str | None:
         return "max_tokens_0"
     if body.get("use_beam_search"):
         return "beam_search"
+    if body.get("n") not in (None, 1):  # in any spelling that vLLM takes (`"2"`, `2.0`); it refuses what is no number
+        return "several_choices"
     if body.get("prompt_embeds") is not None:
         return "prompt_embeds"
     prompt = body.get("prompt")

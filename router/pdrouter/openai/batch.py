@@ -1,8 +1,8 @@
 """A list of prompts as one request each, and their answers as one answer.
 
 vLLM returns one ticket for a whole batch, and decode loads the first prompt's KV for every prompt: status 200, wrong
-text, and a poisoned prefix cache. So a batch is split, and merged as vLLM orders it: choice j of prompt i has index
-i·n+j, usage is the sum, one id, one `[DONE]`.
+text, and a poisoned prefix cache. So a batch is split, and merged as vLLM orders it: the choice of prompt i has index
+i, usage is the sum, one id, one `[DONE]`. Several choices a prompt are not for two engines, so there is one of each.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,6 @@ import orjson
 from pdrouter.openai.legs import encoded
 
 DONE = b"data: [DONE]\n\n"
-
-
-def choices_per_prompt(body: Mapping[str, Any]) -> int:
-    """Give `n`; the engine refuses what is no positive integer."""
-    n = body.get("n")
-    return n if isinstance(n, int) and n > 0 else 1
 
 
 def part_body(body: Mapping[str, Any], prompt: Any) -> dict[str, Any]:
@@ -46,7 +40,7 @@ def add_usage(total: dict[str, Any], usage: Mapping[str, Any]) -> None:
             total[name] = value
 
 
-def merge_answers(answers: list[dict[str, Any]], n: int, whole_id: str | None) -> dict[str, Any]:
+def merge_answers(answers: list[dict[str, Any]], whole_id: str | None) -> dict[str, Any]:
     """Merge complete answers in the order of their prompts."""
     merged = dict(answers[0])
     if whole_id is not None:
@@ -55,7 +49,7 @@ def merge_answers(answers: list[dict[str, Any]], n: int, whole_id: str | None) -
     usage: dict[str, Any] = {}
     for number, answer in enumerate(answers):
         for choice in answer["choices"]:
-            choice["index"] += number * n
+            choice["index"] += number
             choices.append(choice)
         add_usage(usage, answer.get("usage") or {})
     merged["choices"] = choices
@@ -66,8 +60,7 @@ def merge_answers(answers: list[dict[str, Any]], n: int, whole_id: str | None) -
 class StreamMerge:
     """Merges the event streams of the prompts of one batch."""
 
-    def __init__(self, prompts: int, n: int) -> None:
-        self._n = n
+    def __init__(self, prompts: int) -> None:
         self._open = [True] * prompts
         self._rest = [b""] * prompts
         self.usage: dict[str, Any] = {}
@@ -100,7 +93,7 @@ class StreamMerge:
             self._usage_chunk = chunk
             return None
         for choice in choices:
-            choice["index"] += number * self._n
+            choice["index"] += number
         if "system_fingerprint" in chunk:
             # vLLM puts it into the last chunk of a stream, and each part had its own last chunk.
             self._open[number] = False

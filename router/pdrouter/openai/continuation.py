@@ -3,7 +3,8 @@
 The way that is exact is by token ids. vLLM tells them with `return_token_ids`; a completion whose prompt is the
 prompt's ids and those already generated computes the very state that was lost. Text is not enough: cut into tokens
 again it may become other ones (`docs/decisions/0003-continue-by-token-ids.md`). A conversation goes on as such a
-completion too, and its chunks are told as chat chunks again.
+completion too, and its chunks are told as chat chunks again. Only text can: before it there may be reasoning, which a
+completion would tell as text. A conversation of which nothing was said yet is asked once more.
 
 Text may lag behind ids: vLLM holds back what may be the beginning of a stop string, and characters whose last bytes are
 not there yet; a prompt that ends inside of a character is even answered with its whole text first. So the continuation
@@ -29,7 +30,12 @@ _DROPPED = ("echo", "truncate_prompt_tokens")  # the prompt's ids are what was l
 _STATEFUL = (
     "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
     "structural_tag", "tools", "functions", "bad_words", "logits_processors", "thinking_token_budget",
+    "repetition_detection",
 )  # fmt: skip
+
+# What vLLM's parsers take out of a conversation's text.
+_PARSED = ("reasoning", "reasoning_content", "tool_calls")
+_HEAD = ("id", "object", "created", "model")
 
 # vLLM takes more spellings (`"max_tokens": "8"`); these are reckoned with here, so they must be what they seem.
 _NUMBERS = ("max_tokens", "max_completion_tokens", "min_tokens")
@@ -40,8 +46,9 @@ def why_not(path: str, body: Mapping[str, Any]) -> str | None:
     """Say why a stream could not go on exactly elsewhere, as one word, or None.
 
     A grammar's state, a parser of tools, counts of generated tokens for penalties and `bad_words` live in the engine
-    and cannot be handed in. Several choices are several generations. Log-probabilities of a conversation have bytes
-    that those of a completion lack. Pictures are no token ids.
+    and cannot be handed in. Reasoning that the client does not want is in no event, so nobody knows where it ends.
+    Several choices are several generations. Log-probabilities of a conversation have bytes that those of a completion
+    lack. Pictures are no token ids.
     """
     if body.get("n") not in (None, 1):
         return "n"
@@ -60,6 +67,8 @@ def why_not(path: str, body: Mapping[str, Any]) -> str | None:
     if path == CHAT:
         if body.get("logprobs"):
             return "chat_logprobs"
+        if body.get("include_reasoning") not in (None, True):
+            return "include_reasoning"
         messages = body.get("messages")
         for message in messages if isinstance(messages, list) else ():
             parts = message.get("content") if isinstance(message, dict) else None
@@ -82,15 +91,19 @@ def held_back(body: Mapping[str, Any]) -> int:
 
 
 class Told:
-    """What one event of a stream told: ids, text that went to the client, where logprobs' offsets had come to."""
+    """What one event of a stream told: ids, text that went to the client, where logprobs' offsets had come to.
 
-    __slots__ = ("finish", "ids", "offset", "text")
+    `parsed` is whether it told reasoning or calls of tools.
+    """
 
-    def __init__(self, ids: int, text: str, offset: int | None, finish: bool) -> None:
+    __slots__ = ("finish", "ids", "offset", "parsed", "text")
+
+    def __init__(self, ids: int, text: str, offset: int | None, finish: bool, parsed: bool = False) -> None:
         self.ids = ids
         self.text = text
         self.offset = offset
         self.finish = finish
+        self.parsed = parsed
 
 
 def told_by(chunk: Mapping[str, Any]) -> Told | None:
@@ -105,7 +118,9 @@ def told_by(chunk: Mapping[str, Any]) -> Told | None:
     logprobs = choice.get("logprobs")
     if isinstance(logprobs, dict) and logprobs.get("text_offset"):
         offset = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
-    return Told(len(choice.get("token_ids") or ()), text or "", offset, choice.get("finish_reason") is not None)
+    parsed = isinstance(delta, dict) and any(delta.get(name) for name in _PARSED)
+    ids = choice.get("token_ids") or ()
+    return Told(len(ids), text or "", offset, choice.get("finish_reason") is not None, parsed)
 
 
 class Cut:
@@ -232,7 +247,7 @@ class Rest:
         Raises:
             ValueError: what is repeated differs from what was sent.
         """
-        told: dict[str, Any] = {name: self._first.get(name) for name in ("id", "object", "created", "model")}
+        told: dict[str, Any] = {name: self._first.get(name) for name in _HEAD}
         usage = chunk.get("usage")
         choices = chunk.get("choices") or []
         if not choices:
@@ -297,6 +312,31 @@ class Rest:
         if kept.get("text_offset"):
             kept["text_offset"] = [at + self._start.offset for at in kept["text_offset"]]
         return kept
+
+
+class Again(Rest):
+    """Turns the chunks of a conversation that is asked once more into the rest of one that has said nothing yet."""
+
+    def chunk(self, chunk: dict[str, Any]) -> tuple[bytes, list[int], Told | None]:
+        """Give an event for the client (empty when it has nothing new), its ids, and what it told.
+
+        Raises:
+            ValueError: what is repeated differs from what was sent.
+        """
+        chunk |= {name: self._first.get(name) for name in _HEAD}
+        said = told_by(chunk)
+        if said is None:
+            return _event(chunk), [], None
+        choice = chunk["choices"][0]
+        ids = choice.get("token_ids") or []
+        repeated = self._repeated(ids)
+        choice["token_ids"] = ids[repeated:] if self._keeps_ids and ids else None
+        if chunk.get("prompt_token_ids") is not None:
+            chunk["prompt_token_ids"] = None
+        delta = choice["delta"]
+        if delta.pop("role", None) is not None and not any(delta.values()):
+            return b"", ids, said
+        return _event(chunk), ids, said
 
 
 def _event(told: Mapping[str, Any]) -> bytes:

@@ -119,3 +119,9 @@ class Prompt:
     def continued(self, text: bytes) -> bytes:
         """Give generated text as it will stand in the next turn's `prefix`."""
         return b"assistant\x00%b\x00%b" % (text, _END) if "messages" in self._body else text
+
+    @property
+    def choices(self) -> int:
+        """How many answers are asked for; what is no such number is for the engine to refuse."""
+        n = self._body.get("n")
+        return n if isinstance(n, int) and n > 1 else 1

@@ -19,7 +19,7 @@ from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
 from pdrouter.observe.traces import CONTEXT
 from pdrouter.openai.asked import CHAT, COMPLETIONS, Asked, passed, read
-from pdrouter.openai.batch import choices_per_prompt, part_body, repeated
+from pdrouter.openai.batch import part_body, repeated
 from pdrouter.openai.errors import RequestError, error_body
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.legs import encoded
@@ -192,7 +192,7 @@ class Routes:
             way = Way(b"POST", request.target, told, f"{record.request_id}-{number}", record.span)
             return Pair(desk, way, COMPLETIONS, body, bare, Prompt(key, body), record, part, deadline)
 
-        batch = Batch(desk, request, record, len(prompts), choices_per_prompt(asked.body), asked.stream, make)
+        batch = Batch(desk, request, record, len(prompts), asked.stream, make)
         batch.budget = budget(request.header(b"x-request-timeout"), desk.deadlines.seconds)
         batch.run()
 

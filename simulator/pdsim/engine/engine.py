@@ -626,7 +626,8 @@ class Engine:
             breach(Rule.TICKET_ALTERED, **altered)
         if lease["state"] == "expired":
             breach(Rule.TICKET_EXPIRED)
-        elif lease["readers"] >= sequence.choices:  # each choice of one request reads for itself
+        # Each choice of one request reads for itself; the first that has done so frees the blocks.
+        elif lease["readers"] >= sequence.choices or lease["state"] == "collected":
             breach(Rule.TICKET_REUSED, readers=lease["readers"], state=lease["state"])
         if lease["prompt"] != prompt_digest(bytes(sequence.data[: len(sequence.prompt) * 4])):
             breach(
