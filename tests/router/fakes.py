@@ -147,7 +147,8 @@ class FakeEngine:
     One that is `silent` answers nothing at all.
 
     `version` and `blocks` (of `block_size` tokens) are told where they are set. Requests of the router's own have no
-    request id: `released` has those that give a ticket back, `probe` answers its canaries.
+    request id: `released` has those that give a ticket back, `probe` answers its canaries. With a `key`, whoever
+    does not tell it is turned away before anything of the request is looked at, as vLLM does with `--api-key`.
     """
 
     def __init__(self, behave: Behaviour) -> None:
@@ -158,6 +159,8 @@ class FakeEngine:
         self.canaries: list[Seen] = []
         self.healthy = True
         self.silent = False
+        self.key = ""
+        self.turned_away = 0
         self.models = ["tiny"]
         self.adapters: list[str] = []
         self.version = ""
@@ -195,6 +198,9 @@ class FakeEngine:
                     await out.json({}, 200 if self.healthy else 503)
                 elif method == "GET" and "x-request-id" not in headers:
                     await self._tell(target, out)
+                elif self.key and headers.get("authorization") != f"Bearer {self.key}":
+                    self.turned_away += 1
+                    await out.json({"error": "Unauthorized"}, 401)
                 elif "x-request-id" not in headers and seen.body.get("min_tokens") == 2:
                     # The router's own request, which gives a ticket back: vLLM refuses it and frees the blocks.
                     self.released.append(seen)

@@ -13,7 +13,7 @@ import pytest
 
 from pdrouter import app
 from pdrouter.fleet.engine import Role
-from pdrouter.handoff import edges
+from pdrouter.handoff import edges, release
 from pdrouter.handoff.retries import ALWAYS, RESERVE, SHARE
 from router.fakes import TICKET, Answer, Bed, Behaviour, FakeEngine, Out, Seen, answer_to, routed, run, until, wire
 from router.generation import CHAT, Heard, answer, heard, prompt_ids
@@ -167,10 +167,10 @@ async def gone(bed: Bed, engine: FakeEngine) -> None:
     bed.router.fleet.mark(known, False, "test")
 
 
-async def leave(bed: Bed, body: dict[str, Any], when: Any) -> None:
+async def leave(bed: Bed, body: dict[str, Any], when: Any, **headers: str) -> None:
     """Send a request and close the connection as soon as something is so."""
     _, writer = await bed.connect()
-    writer.write(wire("POST", COMPLETIONS, json.dumps({"model": "tiny", "prompt": "x"} | body).encode()))
+    writer.write(wire("POST", COMPLETIONS, json.dumps({"model": "tiny", "prompt": "x"} | body).encode(), headers))
     await until(when, "the client may leave")
     writer.close()
     await writer.wait_closed()
@@ -836,6 +836,51 @@ def test_a_client_that_leaves_during_prefill_gives_its_ticket_back_as_soon_as_th
             done.set()
             await until(lambda: given_back(bed), "it is given back")
             assert bed.decode.seen == []
+            await quiet(bed)
+            assert ended(bed) == {"released": 1}
+
+    run(main)
+
+
+@pytest.mark.parametrize("left_in", ["prefill", "decode"])
+def test_engines_with_a_key_get_a_ticket_back_under_the_clients_own(left_in: str) -> None:
+    async def main() -> None:
+        async with fleet(1, 1) as bed:
+            bed.prefill.key = bed.decode.key = "theirs"
+            done = asyncio.Event()
+
+            async def prefill(seen: Seen, out: Out) -> None:
+                await done.wait()
+                await issue()(seen, out)
+
+            bed.decode.behave = hang
+            asked = bed.decode.seen
+            if left_in == "prefill":
+                bed.prefill.behave = prefill
+                asked = bed.prefill.seen
+            await leave(bed, {}, lambda: asked, authorization="Bearer theirs", traceparent="00-1-2-01")
+            done.set()
+            await until(lambda: ended(bed) == {"released": 1}, "it is given back")
+            assert [seen.headers["authorization"] for seen in bed.decode.released] == ["Bearer theirs"] * 2
+            assert "traceparent" not in bed.decode.released[0].headers
+            assert bed.decode.turned_away == 0
+            await quiet(bed)
+
+    run(main)
+
+
+def test_an_engine_that_wants_another_key_has_not_taken_a_ticket_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "_LATER", 0.05)
+
+    async def main() -> None:
+        async with fleet(1, 2) as bed:
+            bed.decodes[0].behave = bed.decodes[1].behave = hang
+            await leave(bed, {}, lambda: seen_by(bed.decodes) and [setattr(one, "key", "k") for one in bed.decodes])
+            await until(lambda: sum(one.turned_away for one in bed.decodes) > 4, "both are asked, and asked again")
+            assert ended(bed) == {}
+            assert len(bed.router.desk.ledger) == 1
+            for one in bed.decodes:
+                one.key = ""
             await quiet(bed)
             assert ended(bed) == {"released": 1}
 
