@@ -149,6 +149,7 @@ class FakeEngine:
     `version` and `blocks` (of `block_size` tokens) are told where they are set. Requests of the router's own have no
     request id: `released` has those that give a ticket back, `probe` answers its canaries. With a `key`, whoever
     does not tell it is turned away before anything of the request is looked at, as vLLM does with `--api-key`.
+    `generated` is what its metrics say of its tokens, where that is set.
     """
 
     def __init__(self, behave: Behaviour) -> None:
@@ -160,6 +161,7 @@ class FakeEngine:
         self.healthy = True
         self.silent = False
         self.key = ""
+        self.generated: int | None = None
         self.turned_away = 0
         self.models = ["tiny"]
         self.adapters: list[str] = []
@@ -239,9 +241,14 @@ class FakeEngine:
             await out.json({"data": [one | limit for one in own] + adapters})
         elif target == "/version" and self.version:
             await out.json({"version": self.version})
-        elif target == "/metrics" and self.block_size:
-            told = f'block_size="{self.block_size}",num_gpu_blocks="{self.blocks or 1000}"'
-            await out.json(f"# x\nvllm:cache_config_info{{{told}}} 1.0\n".encode())
+        elif target == "/metrics" and (self.block_size or self.generated is not None):
+            page = "# x\n"
+            if self.block_size:
+                told = f'block_size="{self.block_size}",num_gpu_blocks="{self.blocks or 1000}"'
+                page += f"vllm:cache_config_info{{{told}}} 1.0\n"
+            if self.generated is not None:
+                page += f'vllm:generation_tokens_total{{engine="0",model_name="tiny"}} {float(self.generated)}\n'
+            await out.json(page.encode())
         else:
             await out.json({"detail": "Not Found"}, 404)
 

@@ -1188,15 +1188,21 @@ def test_adapters_and_unknown_facts_do_not_make_engines_of_different_kinds() -> 
 # engines that are silent
 
 
-@pytest.mark.parametrize(("role", "stream"), [("prefill", False), ("prefill", True), ("decode", True)])
+@pytest.mark.parametrize(
+    ("role", "stream"), [("prefill", False), ("prefill", True), ("decode", True), ("decode", False)]
+)
 def test_an_engine_whose_core_hangs_is_given_up_although_its_health_is_fine(role: str, stream: bool) -> None:
     async def main() -> None:
-        async with fleet(2, 2, stall_timeout_secs=0.5, health_interval_secs=0.1) as bed:
+        async with fleet(2, 2, stall_timeout_secs=0.5, health_interval_secs=0.1, kv_lease_seconds=3) as bed:
 
             async def begin_and_hang(seen: Seen, out: Out) -> None:
-                await out.events()
-                await out.chunk(b"".join(answer(seen.target, seen.body, "r1")[:4]))
+                if stream:
+                    await out.events()
+                    await out.chunk(b"".join(answer(seen.target, seen.body, "r1")[:4]))
                 await asyncio.sleep(60)
+
+            for one in bed.decodes:
+                one.generated = 7
 
             if role == "prefill":
                 bed.prefills[0].behave = bed.prefills[1].behave = once(hang, issue())
@@ -1292,6 +1298,49 @@ def test_prefill_that_is_quick_enough_is_asked_of_one_engine(after: float) -> No
             bed.prefills[0].behave = bed.prefills[1].behave = take_a_while
             assert (await bed.complete()).status == 200
             assert len(seen_by(bed.prefills)) == 1
+
+    run(main)
+
+
+def test_one_whole_answer_does_not_hide_that_an_engine_hangs() -> None:
+    """Streams and whole answers, some of which come while it hangs: all are answered by the other engine."""
+
+    async def main() -> None:
+        async with fleet(1, 2, stall_timeout_secs=0.5, health_interval_secs=0.1, kv_lease_seconds=3) as bed:
+            bed.decodes[0].behave = hang
+            bed.decodes[0].generated = bed.decodes[1].generated = 7
+            asked = []
+            for number in range(12):
+                asked.append(asyncio.ensure_future(bed.complete(str(number), stream=number % 4 != 0)))
+                await asyncio.sleep(0.05)
+            answers = await asyncio.gather(*asked)
+            assert [one.status for one in answers if one.complete] == [200] * 12
+            assert len(bed.decodes[0].seen) > 1
+            await quiet(bed)
+
+    run(main)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_whose_counters_go_on_is_not_taken_for_a_hanging_one(stream: bool) -> None:
+    """Streams wait for a whole answer, as they do where no more requests fit into a batch."""
+
+    async def main() -> None:
+        async with fleet(1, 2, stall_timeout_secs=0.5, health_interval_secs=0.1) as bed:
+
+            async def slow(seen: Seen, out: Out) -> None:
+                one = next(one for one in bed.decodes if seen in one.seen)
+                for number in range(25):
+                    one.generated = number
+                    await asyncio.sleep(0.1)
+                await generate()(seen, out)
+
+            bed.decodes[0].behave = bed.decodes[1].behave = slow
+            bodies = [False, False, stream, stream]
+            answers = await asyncio.gather(*(bed.complete(str(n), stream=s) for n, s in enumerate(bodies)))
+            assert [one.status for one in answers if one.complete] == [200] * 4
+            assert [len(one.seen) for one in bed.decodes] == [2, 2]
+            assert bed.router.desk.retries.spent == 0
 
     run(main)
 
