@@ -147,7 +147,9 @@ class FakeEngine:
     One that is `silent` answers nothing at all.
 
     `version` and `blocks` (of `block_size` tokens) are told where they are set. Requests of the router's own have no
-    request id: `released` has those that give a ticket back, `probe` answers its canaries.
+    request id: `released` has those that give a ticket back, `probe` answers its canaries. With a `key`, whoever
+    does not tell it is turned away before anything of the request is looked at, as vLLM does with `--api-key`.
+    `generated` is what its metrics say of its tokens, where that is set.
     """
 
     def __init__(self, behave: Behaviour) -> None:
@@ -158,6 +160,9 @@ class FakeEngine:
         self.canaries: list[Seen] = []
         self.healthy = True
         self.silent = False
+        self.key = ""
+        self.generated: int | None = None
+        self.turned_away = 0
         self.models = ["tiny"]
         self.adapters: list[str] = []
         self.version = ""
@@ -195,6 +200,9 @@ class FakeEngine:
                     await out.json({}, 200 if self.healthy else 503)
                 elif method == "GET" and "x-request-id" not in headers:
                     await self._tell(target, out)
+                elif self.key and headers.get("authorization") != f"Bearer {self.key}":
+                    self.turned_away += 1
+                    await out.json({"error": "Unauthorized"}, 401)
                 elif "x-request-id" not in headers and seen.body.get("min_tokens") == 2:
                     # The router's own request, which gives a ticket back: vLLM refuses it and frees the blocks.
                     self.released.append(seen)
@@ -233,9 +241,14 @@ class FakeEngine:
             await out.json({"data": [one | limit for one in own] + adapters})
         elif target == "/version" and self.version:
             await out.json({"version": self.version})
-        elif target == "/metrics" and self.block_size:
-            told = f'block_size="{self.block_size}",num_gpu_blocks="{self.blocks or 1000}"'
-            await out.json(f"# x\nvllm:cache_config_info{{{told}}} 1.0\n".encode())
+        elif target == "/metrics" and (self.block_size or self.generated is not None):
+            page = "# x\n"
+            if self.block_size:
+                told = f'block_size="{self.block_size}",num_gpu_blocks="{self.blocks or 1000}"'
+                page += f"vllm:cache_config_info{{{told}}} 1.0\n"
+            if self.generated is not None:
+                page += f'vllm:generation_tokens_total{{engine="0",model_name="tiny"}} {float(self.generated)}\n'
+            await out.json(page.encode())
         else:
             await out.json({"detail": "Not Found"}, 404)
 

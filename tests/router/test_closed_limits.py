@@ -6,7 +6,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -265,6 +265,29 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_and_its_engine_let_go(
             assert len(wire.rest()) < 30_000_000
     finally:
         hasty.decode.answer, hasty.decode.kind, hasty.decode.streams = None, "application/json", False
+    hasty.serves()
+
+
+def test_a_client_that_leaves_the_end_of_its_answer_is_cut_too(hasty: Standing):
+    """Less than what makes a client count as slow may wait when its connection is to be closed."""
+    process = psutil.Process(hasty.router.process.pid)
+    with ExitStack() as stack:
+        ports = set()
+        for ending in ("idle", "told to close", "will send no more"):
+            headers = "Connection: close\r\n" if ending == "told to close" else ""
+            for size in range(100_000, 500_000, 40_000):  # one of them leaves a little, however much the kernel takes
+                hasty.decode.answer = b'{"choices":[{"index":0,"text":"%b"}]}' % (b"x" * size)
+                wire = stack.enter_context(closing(hasty.wire(buffer=4096)))
+                ports.add(wire.socket.getsockname()[1])
+                wire.send(post("slow", headers=headers))
+                until(lambda: hasty.metric("pd_router_requests_running") == 0, 20, "it is answered")
+                if ending == "will send no more":
+                    wire.socket.shutdown(socket.SHUT_WR)
+        hasty.decode.answer = None
+        until(
+            lambda: not any(one.raddr and one.raddr.port in ports for one in process.net_connections("tcp")),
+            20, "all are closed",
+        )  # fmt: skip
     hasty.serves()
 
 

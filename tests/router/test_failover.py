@@ -13,7 +13,7 @@ import pytest
 
 from pdrouter import app
 from pdrouter.fleet.engine import Role
-from pdrouter.handoff import edges
+from pdrouter.handoff import edges, release
 from pdrouter.handoff.retries import ALWAYS, RESERVE, SHARE
 from router.fakes import TICKET, Answer, Bed, Behaviour, FakeEngine, Out, Seen, answer_to, routed, run, until, wire
 from router.generation import CHAT, Heard, answer, heard, prompt_ids
@@ -167,10 +167,10 @@ async def gone(bed: Bed, engine: FakeEngine) -> None:
     bed.router.fleet.mark(known, False, "test")
 
 
-async def leave(bed: Bed, body: dict[str, Any], when: Any) -> None:
+async def leave(bed: Bed, body: dict[str, Any], when: Any, **headers: str) -> None:
     """Send a request and close the connection as soon as something is so."""
     _, writer = await bed.connect()
-    writer.write(wire("POST", COMPLETIONS, json.dumps({"model": "tiny", "prompt": "x"} | body).encode()))
+    writer.write(wire("POST", COMPLETIONS, json.dumps({"model": "tiny", "prompt": "x"} | body).encode(), headers))
     await until(when, "the client may leave")
     writer.close()
     await writer.wait_closed()
@@ -1007,6 +1007,51 @@ def test_a_client_that_leaves_during_prefill_gives_its_ticket_back_as_soon_as_th
     run(main)
 
 
+@pytest.mark.parametrize("left_in", ["prefill", "decode"])
+def test_engines_with_a_key_get_a_ticket_back_under_the_clients_own(left_in: str) -> None:
+    async def main() -> None:
+        async with fleet(1, 1) as bed:
+            bed.prefill.key = bed.decode.key = "theirs"
+            done = asyncio.Event()
+
+            async def prefill(seen: Seen, out: Out) -> None:
+                await done.wait()
+                await issue()(seen, out)
+
+            bed.decode.behave = hang
+            asked = bed.decode.seen
+            if left_in == "prefill":
+                bed.prefill.behave = prefill
+                asked = bed.prefill.seen
+            await leave(bed, {}, lambda: asked, authorization="Bearer theirs", traceparent="00-1-2-01")
+            done.set()
+            await until(lambda: ended(bed) == {"released": 1}, "it is given back")
+            assert [seen.headers["authorization"] for seen in bed.decode.released] == ["Bearer theirs"] * 2
+            assert "traceparent" not in bed.decode.released[0].headers
+            assert bed.decode.turned_away == 0
+            await quiet(bed)
+
+    run(main)
+
+
+def test_an_engine_that_wants_another_key_has_not_taken_a_ticket_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "_LATER", 0.05)
+
+    async def main() -> None:
+        async with fleet(1, 2) as bed:
+            bed.decodes[0].behave = bed.decodes[1].behave = hang
+            await leave(bed, {}, lambda: seen_by(bed.decodes) and [setattr(one, "key", "k") for one in bed.decodes])
+            await until(lambda: sum(one.turned_away for one in bed.decodes) > 4, "both are asked, and asked again")
+            assert ended(bed) == {}
+            assert len(bed.router.desk.ledger) == 1
+            for one in bed.decodes:
+                one.key = ""
+            await quiet(bed)
+            assert ended(bed) == {"released": 1}
+
+    run(main)
+
+
 def test_a_client_that_leaves_between_the_legs_gives_its_ticket_back_at_once() -> None:
     async def main() -> None:
         async with fleet(1, 1) as bed:
@@ -1308,15 +1353,21 @@ def test_adapters_and_unknown_facts_do_not_make_engines_of_different_kinds() -> 
 # engines that are silent
 
 
-@pytest.mark.parametrize(("role", "stream"), [("prefill", False), ("prefill", True), ("decode", True)])
+@pytest.mark.parametrize(
+    ("role", "stream"), [("prefill", False), ("prefill", True), ("decode", True), ("decode", False)]
+)
 def test_an_engine_whose_core_hangs_is_given_up_although_its_health_is_fine(role: str, stream: bool) -> None:
     async def main() -> None:
-        async with fleet(2, 2, stall_timeout_secs=0.5, health_interval_secs=0.1) as bed:
+        async with fleet(2, 2, stall_timeout_secs=0.5, health_interval_secs=0.1, kv_lease_seconds=3) as bed:
 
             async def begin_and_hang(seen: Seen, out: Out) -> None:
-                await out.events()
-                await out.chunk(b"".join(answer(seen.target, seen.body, "r1")[:4]))
+                if stream:
+                    await out.events()
+                    await out.chunk(b"".join(answer(seen.target, seen.body, "r1")[:4]))
                 await asyncio.sleep(60)
+
+            for one in bed.decodes:
+                one.generated = 7
 
             if role == "prefill":
                 bed.prefills[0].behave = bed.prefills[1].behave = once(hang, issue())
@@ -1412,6 +1463,49 @@ def test_prefill_that_is_quick_enough_is_asked_of_one_engine(after: float) -> No
             bed.prefills[0].behave = bed.prefills[1].behave = take_a_while
             assert (await bed.complete()).status == 200
             assert len(seen_by(bed.prefills)) == 1
+
+    run(main)
+
+
+def test_one_whole_answer_does_not_hide_that_an_engine_hangs() -> None:
+    """Streams and whole answers, some of which come while it hangs: all are answered by the other engine."""
+
+    async def main() -> None:
+        async with fleet(1, 2, stall_timeout_secs=0.5, health_interval_secs=0.1, kv_lease_seconds=3) as bed:
+            bed.decodes[0].behave = hang
+            bed.decodes[0].generated = bed.decodes[1].generated = 7
+            asked = []
+            for number in range(12):
+                asked.append(asyncio.ensure_future(bed.complete(str(number), stream=number % 4 != 0)))
+                await asyncio.sleep(0.05)
+            answers = await asyncio.gather(*asked)
+            assert [one.status for one in answers if one.complete] == [200] * 12
+            assert len(bed.decodes[0].seen) > 1
+            await quiet(bed)
+
+    run(main)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_whose_counters_go_on_is_not_taken_for_a_hanging_one(stream: bool) -> None:
+    """Streams wait for a whole answer, as they do where no more requests fit into a batch."""
+
+    async def main() -> None:
+        async with fleet(1, 2, stall_timeout_secs=0.5, health_interval_secs=0.1) as bed:
+
+            async def slow(seen: Seen, out: Out) -> None:
+                one = next(one for one in bed.decodes if seen in one.seen)
+                for number in range(25):
+                    one.generated = number
+                    await asyncio.sleep(0.1)
+                await generate()(seen, out)
+
+            bed.decodes[0].behave = bed.decodes[1].behave = slow
+            bodies = [False, False, stream, stream]
+            answers = await asyncio.gather(*(bed.complete(str(n), stream=s) for n, s in enumerate(bodies)))
+            assert [one.status for one in answers if one.complete] == [200] * 4
+            assert [len(one.seen) for one in bed.decodes] == [2, 2]
+            assert bed.router.desk.retries.spent == 0
 
     run(main)
 

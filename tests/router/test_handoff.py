@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from pdrouter.fleet.engine import Role
 from pdrouter.handoff.retries import EACH
 from pdrouter.openai.features import Prompt
 from pdrouter.policies import RoutingKey
@@ -104,6 +105,31 @@ def test_limits_that_a_client_set_to_null_stay_null():
             await bed.complete(max_tokens=None, max_completion_tokens=None, n=None)
             leg = bed.prefill.seen[0].body
             assert (leg["max_tokens"], leg["max_completion_tokens"], leg["n"]) == (1, None, None)
+
+    run(main)
+
+
+@pytest.mark.parametrize("limit", [-1, -5_000_000, -(10**30), 10**30])
+def test_a_number_of_tokens_that_cannot_be_makes_no_engine_seem_idle_or_full(limit):
+    async def main():
+        async with routed(policy="least_tokens") as bed:
+            go = asyncio.Event()
+
+            async def slow(seen: Seen, out: Out) -> None:
+                await go.wait()
+                await fakes.prefill(seen, out)
+
+            bed.prefill.behave = slow
+            known = bed.router.fleet.engines[Role.DECODE][0]
+            for field in ("max_tokens", "max_completion_tokens"):
+                go.clear()
+                before = len(bed.prefill.seen)
+                asked = asyncio.ensure_future(bed.complete(**{field: limit}))
+                await until(lambda before=before: len(bed.prefill.seen) > before, "prefill is asked")
+                assert 0 <= known.held_tokens < 1000
+                go.set()
+                assert (await asked).status == 200, "engines judge it"
+                assert known.held_tokens == 0
 
     run(main)
 

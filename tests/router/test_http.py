@@ -248,6 +248,56 @@ def test_other_openai_paths_go_to_one_decode_engine_as_they_are():
     run(main)
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/audio/transcriptions"])
+def test_a_stream_of_a_path_that_the_router_does_not_read_arrives_as_it_comes(path):
+    async def main():
+        async with routed() as bed:
+            go_on = asyncio.Event()
+
+            async def behave(seen: Seen, out: Out) -> None:
+                await out.events()
+                await out.chunk(b"event: first\ndata: {}\n\n")
+                await go_on.wait()
+                await out.chunk(b"event: last\ndata: {}\n\n")
+                await out.end()
+
+            bed.decode.behave = behave
+            reader, writer = await bed.connect()
+            body = b'{"model": "tiny", "stream": true, "input": "x"}'
+            writer.write(wire("POST", path, body, {"content-type": "application/json"}))
+            async with asyncio.timeout(8):
+                told = await reader.readuntil(b"event: first\ndata: {}\n\n")
+                assert told.startswith(b"HTTP/1.1 200")
+                go_on.set()
+                assert (await reader.readuntil(b"0\r\n\r\n")).count(b"event: last\ndata: {}\n\n") == 1
+            writer.close()
+
+    run(main)
+
+
+def test_a_stream_of_such_a_path_that_breaks_before_its_first_event_comes_from_another_engine():
+    async def main():
+        async with routed(1, 2, policy="round_robin") as bed:
+            left = [True]
+
+            async def behave(seen: Seen, out: Out) -> None:
+                await out.events()
+                if left:
+                    left.clear()
+                    await out.writer.drain()
+                    out.cut()
+                    return
+                await out.chunk(b"event: first\ndata: {}\n\n")
+                await out.end()
+
+            bed.decodes[0].behave = bed.decodes[1].behave = behave
+            answer = await bed.post("/v1/responses", b'{"stream": true}', content_type="application/json")
+            assert (answer.status, answer.complete, answer.body) == (200, True, b"event: first\ndata: {}\n\n")
+            assert sum(len(one.seen) for one in bed.decodes) == 2
+
+    run(main)
+
+
 def test_headers_that_matter_go_on_and_the_others_do_not():
     sent = {
         "authorization": "Bearer k", "traceparent": "00-1-2-01", "tracestate": "a=b", "baggage": "c=d", "b3": "1",

@@ -275,6 +275,23 @@ def test_an_engine_that_tells_nonsense_of_itself_disturbs_no_other_engines_row(o
     assert [engine.waiting for engine in seen] == [2.0, 0.0, 2.0, 2.0]
 
 
+@pytest.mark.parametrize("odd", [-1, -(10**30), 10**30])
+def test_a_load_that_cannot_be_disturbs_no_other_engines_row(odd):
+    table = Table(2)
+    own_worker, other = Worker(table, 0), Worker(table, 1)
+    names = ["e0", "e1", "e2"]
+    engines = [own_worker.join(Role.DECODE, name) for name in names]
+    seen = [other.join(Role.DECODE, name) for name in names]
+    for engine in engines:
+        own_worker.load(engine, 1, odd if engine is engines[0] else 2, odd if engine is engines[1] else 3)
+    own_worker.loop.turn()
+    other.refresh()
+    assert [engine.in_flight for engine in seen] == [1] * 3
+    assert [engine.queued_tokens for engine in seen[1:]] == [2, 2]
+    assert [engine.held_tokens for engine in (seen[0], seen[2])] == [3, 3]
+    assert seen[0].queued_tokens == seen[1].held_tokens == (0 if odd < 0 else 1 << 62)
+
+
 # two processes
 
 

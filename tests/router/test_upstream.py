@@ -1,12 +1,15 @@
-"""What happens on a connection to an engine when the router itself is wrong."""
+"""What happens on a connection to an engine when the router itself is wrong, or has no open file left for one."""
 
 import logging
+import resource
 from typing import Any
 
 import pytest
 
+from pdrouter.fleet.health import Probe
 from pdrouter.upstream.connection import EngineConnection
-from pdrouter.upstream.errors import UpstreamError
+from pdrouter.upstream.errors import ExhaustedError, UpstreamError
+from router.fakes import routed, run, until
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
 
@@ -91,3 +94,31 @@ def test_a_bug_in_the_router_fails_the_request_instead_of_hanging_it(
     assert [error.reason for error in receiver.failures] == ["router_failure"]
     assert call.ended >= 1
     assert "a request failed in the router itself" in caplog.text
+
+
+def test_engines_that_cannot_be_checked_for_want_of_open_files_are_not_taken_for_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures: list[UpstreamError] = []
+    failed = Probe.failed
+
+    def noted(probe: Probe, error: UpstreamError) -> None:
+        failures.append(error)
+        failed(probe, error)
+
+    monkeypatch.setattr(Probe, "failed", noted)
+
+    async def main() -> None:
+        async with routed(1, 1, health_interval_secs=0.05) as bed:
+            files = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, files[1]))  # what is open stays so
+            try:
+                bed.prefill.hang_up()
+                bed.decode.hang_up()
+                await until(lambda: sum(isinstance(one, ExhaustedError) for one in failures) > 8, "checks fail")
+                assert all(engine.healthy for engine in bed.router.fleet)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, files)
+            assert (await bed.complete()).status == 200
+
+    run(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from router.fakes import run, until
+from router.fakes import Out, Seen, run, until
 from router.served import ADMIN, METRICS, PUBLIC, Placed, Served, eventually, served
 from support.processes import new_address
 
@@ -282,6 +282,34 @@ def test_engines_added_and_removed_by_hand_are_so_in_all_workers_and_in_those_th
                 await eventually(known, "an engine can come back")
             finally:
                 await added.stop()
+
+    run(main)
+
+
+def test_an_engine_that_hangs_is_given_up_by_all_workers_that_have_requests_there():
+    """Each of them sees that the others have some, and may not take that for work."""
+
+    async def main() -> None:
+        flags = ("--stall-timeout-secs", "1", "--policy", "round_robin")
+        async with served(*flags) as (router, engines):
+            hung = engines[1]
+
+            async def hang(seen: Seen, out: Out) -> None:
+                await asyncio.sleep(60)
+
+            hung.behave = hang
+            for one in engines[1:]:
+                one.generated = 7
+            engines[2].hold.set()
+            pids = router.workers()
+            connections = [await router.connect(pid) for pid in pids * 2]
+            begun = [asyncio.ensure_future(one.begin(str(number))) for number, one in enumerate(connections)]
+            await until(lambda: len(hung.seen) == 2, "each worker has a request there")
+            for pid in pids:  # and sees that of the other when it next chooses
+                begun.append(asyncio.ensure_future((await router.connect(pid)).begin("more")))
+            async with asyncio.timeout(15):
+                assert [served[1] for served in await asyncio.gather(*begun)] == [engines[2].url] * 6
+            assert await router.total("pd_router_in_flight") == 0
 
     run(main)
 

@@ -30,11 +30,31 @@ class Audience(Protocol):
         """An engine began or ceased to answer."""
 
 
+def _each_place_once(wanted: dict[tuple[Role, str], Found]) -> dict[tuple[Role, str], Found]:
+    """Leave out all but one name of an engine that sources call differently.
+
+    A name that was found is better than the URL, for it outlives a restart; and of two lives at one address the one
+    that goes on. All workers must come to the same, whichever source they heard first.
+    """
+    best: dict[tuple[Role, str], Found] = {}
+    for one in wanted.values():
+        place = one.role, one.url
+        other = best.get(place)
+        if other is None or _worth(one) < _worth(other):
+            best[place] = one
+    return {key: one for key, one in wanted.items() if best[one.role, one.url] is one}
+
+
+def _worth(one: Found) -> tuple[bool, bool, str]:
+    return one.name == one.url, one.terminating, one.name
+
+
 class Fleet:
     """The engines of both roles, as their sources report them.
 
     A source (the command line, DNS, EndpointSlices, an administrator) reports its complete set; an engine that several
-    report is one engine. An engine that leaves or is terminating gets nothing new and finishes what it has.
+    report is one engine, under whatever names they know it. An engine that leaves or is terminating gets nothing new
+    and finishes what it has.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -68,10 +88,16 @@ class Fleet:
     def report(self, source: str, found: Iterable[Found]) -> None:
         """Take the complete set that a source finds now."""
         self._reports[source] = tuple(found)
+        by_hand = self._reports.get(BY_HAND)
+        if by_hand:
+            # What a source finds is the source's: it must not stay when the source finds it no more.
+            others = [found for source, found in self._reports.items() if source != BY_HAND]
+            theirs = {(one.role, one.url) for found in others for one in found}
+            self._reports[BY_HAND] = tuple(one for one in by_hand if (one.role, one.url) not in theirs)
         self._reconcile()
 
     def add(self, one: Found) -> None:
-        """Add an engine by hand, or take back that it was removed."""
+        """Add an engine by hand; where a source finds it, that only takes back that it was removed."""
         self._refused.discard(one.url)
         others = [other for other in self._reports.get(BY_HAND, ()) if other.url != one.url]
         self.report(BY_HAND, (*others, one))
@@ -89,6 +115,7 @@ class Fleet:
             for one in found:
                 if one.url not in self._refused:
                     wanted.setdefault((one.role, one.name), one)
+        wanted = _each_place_once(wanted)
         held = {(engine.role, engine.name): engine for engine in self}
         gone = [engine for key, engine in held.items() if key not in wanted or wanted[key].url != engine.url]
         come = []

@@ -14,7 +14,7 @@ from pdrouter.fleet.engine import Engine
 from pdrouter.fleet.fleet import Fleet
 from pdrouter.fleet.scrape import cache_size
 from pdrouter.upstream.connection import Headers
-from pdrouter.upstream.errors import StalledError, UpstreamError
+from pdrouter.upstream.errors import ExhaustedError, RouterFailureError, StalledError, UpstreamError
 from pdrouter.upstream.pool import Call, Pool
 
 _log = logging.getLogger(__name__)
@@ -106,8 +106,11 @@ class Probe:
             self._down(f"health_{self._status}")
 
     def failed(self, error: UpstreamError) -> None:
-        """The engine did not answer."""
-        self._down(error.reason)
+        """The engine did not answer, unless it is the router that failed: then nothing is known of the engine."""
+        if isinstance(error, ExhaustedError | RouterFailureError):
+            self._again()
+        else:
+            self._down(error.reason)
 
     def _learn(self) -> None:
         if self._status != 200:

@@ -37,6 +37,13 @@ def _whole(number: float) -> int:
     return int(number) if 0 <= number < _MOST else 0
 
 
+def _within(number: int) -> int:
+    """A row holds 64 bits; one engine's number that does not fit must not keep all others from being published."""
+    if number <= 0:
+        return 0
+    return number if number < _MOST else _MOST
+
+
 class Table:
     """The memory: one table for each worker. Made before the workers are forked."""
 
@@ -159,9 +166,9 @@ class Rows:
     def _write(self, engine: Engine, at: int) -> None:
         numbers = self._table.numbers
         numbers[at + _IN_FLIGHT] = engine.own_in_flight
-        numbers[at + _QUEUED] = engine.own_queued
-        numbers[at + _HELD] = engine.own_held + engine.own_coming
-        numbers[at + _PINNED] = engine.own_pinned
+        numbers[at + _QUEUED] = _within(engine.own_queued)
+        numbers[at + _HELD] = _within(engine.own_held + engine.own_coming)
+        numbers[at + _PINNED] = _within(engine.own_pinned)
         if self._scrapes and engine.scraped_at > 0:
             numbers[at + _WAITING] = _whole(engine.waiting)
             numbers[at + _RUNNING] = _whole(engine.running)

@@ -47,7 +47,7 @@ class Alone:
             asked: by which it is chosen.
             record: is told engine and times.
             sink: gets the answer.
-            streams: whether the client asked for events.
+            streams: whether the client is known to have asked for events.
             deadline: loop time at which the client wants to wait no longer.
         """
         self.deadline = deadline
@@ -100,8 +100,14 @@ class Alone:
         self._settle_failed(no_engine(Role.DECODE, seconds, retry_after))
 
     def head(self, status: int, headers: Headers) -> None:
-        """Take the head."""
+        """Take the head; of paths that the router does not read, only the engine tells that the answer is a stream."""
         self._status, self._headers = status, headers
+        if not self._streams and any(
+            name == b"content-type" and value.lower().startswith(b"text/event-stream") for name, value in headers
+        ):
+            self._streams = True
+            if self._call is not None:
+                self._call.whole = False
 
     def body(self, data: bytes) -> None:
         """Take a piece of the body; it is passed on at once where nothing could be done about a failure any more."""

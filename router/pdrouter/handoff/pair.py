@@ -656,7 +656,7 @@ class Pair(Handoff):
         """Have the blocks of a ticket freed that may not have been fetched."""
         ticket, self._ticket = self._ticket, None
         if ticket is not None and ticket.cause is None:
-            self._desk.release.give_back(ticket, self._body.get("model"), cause)
+            self._desk.release.give_back(ticket, self._body.get("model"), cause, self._way)
 
     def _settle_failed(self, failure: Failure) -> None:
         """End without an answer."""

@@ -10,7 +10,7 @@ from pdrouter.fleet.fleet import Fleet
 from pdrouter.handoff.edges import Edges
 from pdrouter.handoff.ledger import Ledger
 from pdrouter.handoff.ticket import Cause, Ticket
-from pdrouter.handoff.way import own_request
+from pdrouter.handoff.way import Way, own_request
 from pdrouter.openai.legs import release_leg
 from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import UpstreamError
@@ -18,16 +18,22 @@ from pdrouter.upstream.pool import Pool
 
 _LATER = 1.0  # seconds until engines are asked again that could not take a ticket back
 _SHAKEN = 0.5  # seconds in which two engines have met
+# What vLLM answers to a request that it has parsed. Who asks without the right key (401) or too often (429) is turned
+# away before that, and prefill hears nothing.
+_TAKEN_BACK = frozenset((400, 404, 422))
 
 
 class _Giving:
     """One request that shall be refused."""
 
-    def __init__(self, release: "Release", ticket: Ticket, body: bytes, cause: Cause, engines: list[Engine]) -> None:
+    def __init__(
+        self, release: "Release", ticket: Ticket, body: bytes, cause: Cause, authorization: bytes, engines: list[Engine]
+    ) -> None:
         self._release = release
         self._ticket = ticket
         self._body = body
         self._cause = cause
+        self._authorization = authorization
         self._engines = engines
         self._engine: Engine | None = None
         self._again = False
@@ -39,10 +45,13 @@ class _Giving:
             return
         if not self._engines:
             # Nobody took it now; blocks that stay pinned until the lease ends are worth a few more questions.
-            self._release.pool.loop.call_later(_LATER, self._release.again, self._ticket, self._body, self._cause)
+            again = self._release.again
+            self._release.pool.loop.call_later(
+                _LATER, again, self._ticket, self._body, self._cause, self._authorization
+            )
             return
         self._engine = engine = self._engines.pop(0)
-        request = own_request(engine, self._body, self._release.authorization)
+        request = own_request(engine, self._body, self._authorization)
         self._release.pool.call(engine, request, self, perishable=self._ticket, counted=False)
 
     def head(self, status: int, headers: Headers) -> None:
@@ -53,8 +62,8 @@ class _Giving:
         """Take what is of no interest."""
 
     def end(self) -> None:
-        """A 4xx is what was wanted."""
-        if not 400 <= self._status < 500:
+        """To be refused is what was wanted."""
+        if self._status not in _TAKEN_BACK:
             self.send()
         elif self._engine is not None and not self._again and not self._release.met(self._ticket.prefill, self._engine):
             # The two only shook hands; the next request of this engine makes it tell prefill.
@@ -80,20 +89,28 @@ class Release:
             pool: connections to them.
             ledger: is told when a ticket is settled.
             edges: knows which engines have met.
-            api_key: what engines want to see.
+            api_key: what engines want to see when a client's request told them nothing.
         """
         self.pool = pool
         self.ledger = ledger
-        self.authorization = f"authorization: Bearer {api_key}\r\n".encode() if api_key else b""
+        self._authorization = f"authorization: Bearer {api_key}\r\n".encode() if api_key else b""
         self._fleet = fleet
         self._edges = edges
 
-    def give_back(self, ticket: Ticket, model: object, cause: Cause) -> None:
-        """Have a ticket's blocks freed; the ledger hears of it when a decode engine has refused them."""
-        ticket.handed = False
-        self.again(ticket, release_leg(model, ticket.params), cause)
+    def give_back(self, ticket: Ticket, model: object, cause: Cause, way: Way | None = None) -> None:
+        """Have a ticket's blocks freed; the ledger hears of it when a decode engine has refused them.
 
-    def again(self, ticket: Ticket, body: bytes, cause: Cause) -> None:
+        Args:
+            ticket: what nobody will use.
+            model: of the request that it was for.
+            cause: why it ends.
+            way: of that request, whose key is the one that engines take for it.
+        """
+        ticket.handed = False
+        authorization = (way.authorization if way is not None else b"") or self._authorization
+        self.again(ticket, release_leg(model, ticket.params), cause, authorization)
+
+    def again(self, ticket: Ticket, body: bytes, cause: Cause, authorization: bytes) -> None:
         """Ask decode engines to take a ticket back, as long as it is open."""
         prefill = ticket.prefill
         if not prefill.healthy:
@@ -101,7 +118,7 @@ class Release:
             return
         engines = [one for one in self._fleet.healthy(Role.DECODE) if self._fleet.compatible(prefill, one)]
         engines.sort(key=lambda one: (self._edges.closed(prefill, one), not self.met(prefill, one)))
-        _Giving(self, ticket, body, cause, engines[:3]).send()
+        _Giving(self, ticket, body, cause, authorization, engines[:3]).send()
 
     def met(self, prefill: Engine, decode: Engine) -> bool:
         """Whether two engines have exchanged blocks before."""

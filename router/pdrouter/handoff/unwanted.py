@@ -86,7 +86,7 @@ class Unwanted(Handoff):
             ticket = read_ticket(body, engine, self._decode, self._model, came, desk.lease)
             desk.fleet.succeeded(engine)
             desk.issued(ticket, self._tokens)
-            desk.release.give_back(ticket, self._model, Cause.RELEASED)
+            desk.release.give_back(ticket, self._model, Cause.RELEASED, self._asking.way)
 
     def prefill_failed(self, engine: Engine, error: UpstreamError) -> None:
         """There is none."""

@@ -23,6 +23,13 @@ class Way:
         twin._prefix, twin._suffix = self._prefix, self._suffix
         return twin
 
+    @property
+    def authorization(self) -> bytes:
+        """The client's own, as a header line, or nothing; names are in lower case, and no value has a line break."""
+        suffix = self._suffix
+        at = suffix.find(b"\r\nauthorization: ") + 2
+        return suffix[at : suffix.index(b"\r\n", at) + 2] if at > 1 else b""
+
     def at(self, target: bytes) -> None:
         """Go to another path from now on."""
         self._prefix = b"POST %b HTTP/1.1\r\nhost: " % target

@@ -11,6 +11,7 @@ import orjson
 from pdrouter.policies.block_chain import BlockChain, block_chain
 from pdrouter.policies.routing_key import RoutingKey
 
+_MOST_TOKENS = 1 << 31  # no engine generates as many: who allows more means no limit
 BYTES_PER_TOKEN = 4  # of English text with Llama 3.1's tokenizer: 4.2 to 4.5
 _END = b"\x01"
 
@@ -112,9 +113,12 @@ class Prompt:
 
     @property
     def max_tokens(self) -> int:
-        """How many tokens may be generated; 0 without a limit."""
+        """How many tokens may be generated; 0 without a limit.
+
+        What is no number of tokens is for the engine to refuse, and must not count as load meanwhile.
+        """
         limit = self._body.get("max_completion_tokens") or self._body.get("max_tokens")
-        return limit if isinstance(limit, int) else 0
+        return limit if isinstance(limit, int) and 0 < limit <= _MOST_TOKENS else 0
 
     def continued(self, text: bytes) -> bytes:
         """Give generated text as it will stand in the next turn's `prefix`."""

@@ -135,7 +135,7 @@ class ClientConnection:
         elif out:
             transport.writelines(out)
         if self._closing:
-            transport.close()
+            self._finish(transport)
 
     def answered(self, request: ClientRequest) -> None:
         """A request is done: close, or take the next."""
@@ -199,8 +199,18 @@ class ClientConnection:
     def close(self) -> None:
         """Close once everything written is sent."""
         self._closing = True
-        if not self._out and self._transport is not None:
-            self._transport.close()
+        transport = self._transport
+        if not self._out and transport is not None and not transport.is_closing():
+            self._finish(transport)
+
+    def _finish(self, transport: asyncio.Transport) -> None:
+        """Let the transport close, which waits until the client has taken what is left: not for ever.
+
+        How much that is nobody tells: TLS does not count what it has passed on to the connection below.
+        """
+        if not self._slow:
+            self.owner.write.start(self)
+        transport.close()
 
     def close_if_idle(self) -> None:
         """Close unless a request is under way or arriving."""
@@ -524,7 +534,9 @@ class ClientConnection:
             asyncio.get_running_loop().call_later(_LINGER, transport.abort)
 
     def eof_received(self) -> None:
-        """The client will send no more: close (asyncio)."""
+        """The client will send no more: the transport closes, once what is left is taken (asyncio)."""
+        if not self._slow:
+            self.owner.write.start(self)
 
     def pause_writing(self) -> None:
         """The client does not keep up (asyncio)."""
@@ -541,7 +553,10 @@ class ClientConnection:
     def resume_writing(self) -> None:
         """The client keeps up again (asyncio)."""
         self._slow = False
-        self.owner.write.stop(self)
+        if self._transport is not None and self._transport.is_closing():
+            self.owner.write.start(self)  # anew: what is left must be taken, too
+        else:
+            self.owner.write.stop(self)
         self.owner.caught_up(self)
         if self._current is None:
             self._proceed()
@@ -553,8 +568,8 @@ class ClientConnection:
         self._transport = None
         self._parser = None  # it refers back to this: no work for the garbage collector
         self._wait(None)
+        self.owner.write.stop(self)
         if self._slow:
-            self.owner.write.stop(self)
             self.owner.caught_up(self)
         self.owner.left(self, self.client)
         request, self._current = self._current, None
