@@ -39,17 +39,14 @@ def prefill_leg(body: Mapping[str, Any]) -> bytes:
     """Encode the prefill leg.
 
     Changed are only: `stream` false and no `stream_options` (vLLM refuses options without a stream), `max_tokens` 1,
-    `max_completion_tokens` 1 and `n` 1 where the client set them (further choices would pin blocks that nobody
-    fetches), no `min_tokens` (above 1 it is refused), no `return_token_ids` (nobody reads them), and the wish for a
-    ticket.
+    `max_completion_tokens` 1 where the client set it, no `min_tokens` (above 1 it is refused), no `return_token_ids`
+    (nobody reads them), and the wish for a ticket. Of several choices there are none here (`why_alone`).
     """
     leg = dict(body)
     leg["stream"] = False
     leg["max_tokens"] = 1
     if leg.get("max_completion_tokens") is not None:
         leg["max_completion_tokens"] = 1
-    if leg.get("n") is not None:
-        leg["n"] = 1
     leg.pop("stream_options", None)
     leg.pop("min_tokens", None)
     leg.pop("return_token_ids", None)
