@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from pdctl import configuration
 from pdctl.console import print_error
 from pdctl.errors import ExitCode, PdctlError, of_files
+from pdctl.interrupt import interruptible
 
 EPILOG = (
     "Exit status: 0 done, 1 failed, 2 wrong usage, 3 something needed is missing or taken, 4 timed out, 130 Ctrl-C."
@@ -58,7 +59,8 @@ def main() -> None:
     try:
         # All of them take a second to import. Whoever asks for help, or has a configuration file, needs them all.
         alone = asked in COMMANDS and not configuration.path().exists()
-        wired(*([asked] if alone else COMMANDS))()
+        with interruptible():  # so that temporary files go and locks are given back
+            wired(*([asked] if alone else COMMANDS))()
     except PdctlError as error:
         print_error(error)
         sys.exit(error.code)

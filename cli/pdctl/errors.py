@@ -16,7 +16,7 @@ class ExitCode(IntEnum):
     USAGE = 2  # a flag or argument makes no sense
     PREFLIGHT = 3  # something it needs is missing or taken; nothing was started
     TIMEOUT = 4
-    INTERRUPTED = 130  # Ctrl-C
+    INTERRUPTED = 130  # Ctrl-C, SIGTERM or a closed terminal
 
 
 class PdctlError(Exception):

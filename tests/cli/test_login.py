@@ -1,7 +1,9 @@
 """What a kubeconfig may hold besides a token: programs that log in, proxies, addresses that are none."""
 
 import asyncio
+import base64
 import json
+import signal
 import socket
 import sys
 import tempfile
@@ -14,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import trustme
 
 from pdctl.cluster import api
 from pdctl.cluster.api import Cluster
@@ -39,15 +42,15 @@ def program(folder: Path, text: str) -> dict[str, Any]:
 
 
 @contextmanager
-def refusing() -> Iterator[str]:
-    """Give the address of an API that accepts nobody's token."""
+def answering(status: int, body: bytes) -> Iterator[str]:
+    """Give the address of an API that always answers the same."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(401)
-            self.send_header("content-length", "2")
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
             self.end_headers()
-            self.wfile.write(b"{}")
+            self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
@@ -103,7 +106,7 @@ except FileExistsError:
     sys.exit("the session has expired")
 print(json.dumps({{"status": {{"token": "t"}}}}))
 """
-    with refusing() as server:
+    with answering(401, b"{}") as server:
         environment = {"KUBECONFIG": kubeconfig(tmp_path, program(tmp_path, text), server=server)}
         answer = Shell(tmp_path).run("status", "--namespace", "x", environment=environment)
     assert answer.returncode == 3
@@ -127,3 +130,73 @@ def test_a_server_without_a_scheme_is_told_at_once(tmp_path: Path) -> None:
     assert answer.returncode == 3
     assert "the Kubernetes API at 127.0.0.1:6443 cannot be asked" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def with_a_key() -> dict[str, str]:
+    """Give a user who has a client certificate, with its key in the kubeconfig."""
+    made = trustme.CA().issue_cert("me.example")
+    return {
+        "client-key-data": base64.b64encode(made.private_key_pem.bytes()).decode(),
+        "client-certificate-data": base64.b64encode(made.cert_chain_pems[0].bytes()).decode(),
+    }
+
+
+def keys(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_client_key_is_in_no_file_while_a_command_runs_nor_after_a_signal(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    shell = Shell(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(30)
+        server = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        config = kubeconfig(tmp_path, with_a_key(), server=server, **{"insecure-skip-tls-verify": True})
+        shell.environment |= {"TMPDIR": str(temporary), "KUBECONFIG": config}
+        with shell.start("status", "--namespace", "x") as running, silent.accept()[0]:
+            assert [path.name[:6] for path in temporary.iterdir()] == ["pdctl-"]
+            assert keys(temporary) == []
+            running.send_signal(number)
+            _, stderr = running.communicate(timeout=20)
+    assert running.returncode == 130
+    assert "Traceback" not in stderr
+    assert list(temporary.iterdir()) == []
+
+
+def test_sighup_does_not_end_a_command_that_ignores_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(30)
+        server = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        config = kubeconfig(tmp_path, {"token": "t"}, server=server, **{"insecure-skip-tls-verify": True})
+        shell = Shell(tmp_path)
+        shell.environment["KUBECONFIG"] = config
+        ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what a child inherits, as from nohup
+        try:
+            running = shell.start("status", "--namespace", "x")
+        finally:
+            signal.signal(signal.SIGHUP, ignored)
+        with running, silent.accept()[0]:
+            running.send_signal(signal.SIGHUP)
+            _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 3
+    assert "does not answer" in stderr
+
+
+def test_credentials_with_a_key_are_renewed_and_leave_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def renewed() -> Cluster:
+        cluster = await Cluster.connect()
+        before = cluster.client
+        await cluster._renew(before)
+        assert cluster.client is not before
+        assert await cluster.get("/version") == {"gitVersion": "v1"}
+        return cluster
+
+    with answering(200, b'{"gitVersion": "v1"}') as server:
+        monkeypatch.setenv("KUBECONFIG", kubeconfig(tmp_path, with_a_key(), server=server))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        assert asyncio.run(renewed()).version == "v1"
+    assert keys(api.scratch()) == []

@@ -1,7 +1,7 @@
 """The Kubernetes API as pdctl asks it. kr8s reads the kubeconfig and gives credentials; requests are httpx's.
 
 The kubeconfig is only read. kr8s writes keys that stand in it as data to temporary files; `scratch` gives them a folder
-that goes when pdctl ends.
+that goes when pdctl ends, and they go as soon as they are loaded.
 """
 
 import asyncio
@@ -155,9 +155,13 @@ class Cluster:
 
     async def _new_client(self) -> httpx.AsyncClient:
         auth = self._auth
+        verify = await auth.ssl_context()
+        for path in (auth.client_key_file, auth.client_cert_file):
+            if path and Path(path).is_relative_to(scratch()):  # kr8s wrote it, and will do so anew for another client
+                Path(path).unlink(missing_ok=True)
         headers = {"user-agent": "pdctl"} | ({"authorization": f"Bearer {auth.token}"} if auth.token else {})
         return httpx.AsyncClient(
-            base_url=auth.server, headers=headers, verify=await auth.ssl_context(), proxy=auth.proxy,
+            base_url=auth.server, headers=headers, verify=verify, proxy=auth.proxy,
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
         )  # fmt: skip
