@@ -8,7 +8,8 @@ from typer.core import TyperGroup
 
 from pdctl import configuration
 from pdctl.console import print_error
-from pdctl.errors import ExitCode, PdctlError
+from pdctl.errors import ExitCode, PdctlError, of_files
+from pdctl.interrupt import interruptible
 
 EPILOG = (
     "Exit status: 0 done, 1 failed, 2 wrong usage, 3 something needed is missing or taken, 4 timed out, 130 Ctrl-C."
@@ -55,12 +56,19 @@ def wired(*names: str) -> typer.Typer:
 def main() -> None:
     """Run a command; errors become one screen and an exit status."""
     asked = sys.argv[1] if len(sys.argv) > 1 else ""
-    # All of them take a second to import. Whoever asks for help, or has a configuration file, needs them all.
-    alone = asked in COMMANDS and not configuration.path().exists()
     try:
-        wired(*([asked] if alone else COMMANDS))()
+        # All of them take a second to import. Whoever asks for help, or has a configuration file, needs them all.
+        alone = asked in COMMANDS and not configuration.path().exists()
+        with interruptible():  # so that temporary files go and locks are given back
+            wired(*([asked] if alone else COMMANDS))()
     except PdctlError as error:
         print_error(error)
         sys.exit(error.code)
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(ExitCode.INTERRUPTED)
+    except OSError as error:
+        told = of_files(error)
+        if told is None:
+            raise
+        print_error(told)
+        sys.exit(told.code)

@@ -47,13 +47,13 @@ def defaults(group: TyperGroup, file: Path) -> dict[str, dict[str, Any]]:
     """Read the file: defaults by command and parameter; nothing when there is no file.
 
     Raises:
-        PdctlError: it is no TOML, or has what no command knows; exit code USAGE.
+        PdctlError: it is no TOML in UTF-8, or has what no command knows; exit code USAGE.
     """
     try:
-        told = tomllib.loads(file.read_text())
+        told = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise PdctlError(f"{file} cannot be used: {error}", "correct it, or move it away", ExitCode.USAGE) from None
     options = {name: _options(command) for name, command in group.commands.items()}
     known = sorted({option for those in options.values() for option in those})

@@ -190,7 +190,7 @@ def load(name: str) -> Deployment:
     """
     path = folder_of(name) / "deployment.json"
     try:
-        told = orjson.loads(path.read_bytes())
+        return read(orjson.loads(path.read_bytes()))
     except FileNotFoundError:
         known = names()
         others = f"; deployed are: {', '.join(known)}" if known else ""
@@ -199,9 +199,11 @@ def load(name: str) -> Deployment:
             f"run pdctl deploy --local{'' if name == 'local' else f' --name {name}'}"
             + (", or name one of these with --name" if known else ""),
         ) from None
-    except ValueError as error:
-        raise PdctlError(f"{path} cannot be read: {error}", f"remove {path.parent}, then deploy again") from error
-    return read(told)
+    except (ValueError, TypeError, KeyError) as error:
+        raise PdctlError(
+            f"{path} cannot be read: {error}",
+            f"use the version of pdctl that wrote it, or end what it names, remove {path.parent} and deploy again",
+        ) from error
 
 
 def read(told: dict[str, Any]) -> Deployment:

@@ -1,6 +1,7 @@
 """Errors with a cause and a next step, and the exit codes of pdctl."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from enum import IntEnum
@@ -15,7 +16,7 @@ class ExitCode(IntEnum):
     USAGE = 2  # a flag or argument makes no sense
     PREFLIGHT = 3  # something it needs is missing or taken; nothing was started
     TIMEOUT = 4
-    INTERRUPTED = 130  # Ctrl-C
+    INTERRUPTED = 130  # Ctrl-C, SIGTERM or a closed terminal
 
 
 class PdctlError(Exception):
@@ -53,6 +54,17 @@ def check_writable(path: Path | None, option: str) -> None:
         file.open("ab").close()
         if not there:
             file.unlink()
+
+
+def of_files(error: OSError) -> PdctlError | None:
+    """Say what to do when pdctl's own files cannot be written; None when an error is of another kind."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else f"a file cannot be written: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # these come without a name
+        return PdctlError(what, "make room on the disk, then run the command again")
+    if error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        step = "set HOME, or XDG_STATE_HOME and XDG_DATA_HOME, to a folder that you may write to"
+        return PdctlError(what, step, ExitCode.PREFLIGHT)
+    return None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # one is enough
     if number == signal.SIGHUP:
         _leave_the_terminal()
-    raise KeyboardInterrupt
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    if callable(ctrl_c):
+        ctrl_c(number, frame)  # while an event loop runs, it cancels the work in place of raising amid the loop's own
+    else:  # ignored, as in a script's background
+        raise KeyboardInterrupt
 
 
 def _leave_the_terminal() -> None:
@@ -25,8 +29,9 @@ def _leave_the_terminal() -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGHUP and SIGTERM raise KeyboardInterrupt."""
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGHUP, signal.SIGTERM)}
+    """Let SIGHUP and SIGTERM be as Ctrl-C; one that is ignored stays so, as SIGHUP is under nohup."""
+    wanted = [number for number in (signal.SIGHUP, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _interrupt) for number in wanted}
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """The load generator and its result."""
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import Awaitable, Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pdctl.bench import client
 from pdctl.bench.arrivals import Ramp, arrivals
 from pdctl.bench.client import Record
 from pdctl.bench.load import Load, Share, share_of
@@ -325,6 +327,29 @@ def test_a_server_that_breaks_off_is_a_failed_request_with_the_reason() -> None:
         writer.close()
 
     assert [record.error for record in asyncio.run(sent(serve, TINY))] == ["the server broke off its answer"] * 2
+
+
+def test_a_server_that_falls_silent_is_a_failed_request_and_its_connection_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "SILENCE_SECONDS", 0.5)
+    ends: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if not ends:  # the first one sends for longer than the limit; the second never says a word
+            writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+            for _ in range(8):
+                await asyncio.sleep(0.1)
+                writer.write(chunk('{"choices":[{"text":"a"}]}'))
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        ends.append(await reader.read())
+
+    records = asyncio.run(asyncio.wait_for(sent(serve, TINY), 20))
+    assert [record.error for record in records] == ["no byte for 0.5 s"] * 2
+    assert len(records[0].itls) == 7
+    assert ends == [b"", b""]
 
 
 def test_blocks_of_a_trace_are_the_same_wherever_they_come() -> None:

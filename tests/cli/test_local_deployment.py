@@ -1,5 +1,6 @@
 """A local deployment's life at the command line."""
 
+import fcntl
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ import httpx
 import pytest
 
 from support.processes import until
-from support.shell import Shell
+from support.shell import PDCTL, Shell
+from support.terminal import Terminal
 
 SMALL = ["--prefill", "1", "--decode", "1", "--speed", "20", "-y"]
 
@@ -113,6 +115,30 @@ def test_a_taken_name_is_refused_with_what_to_do(shell: Shell) -> None:
     shell.run("deploy", "--local", *SMALL)
     one_screen(shell.run("deploy", "--local", *SMALL), 3, "already runs", "pdctl cleanup --name local", "next:")
     assert {part["state"] for part in shell.told("status")["parts"]} == {"ready"}
+
+
+def test_a_name_that_is_taken_while_a_question_stands_is_refused_and_nothing_touched(shell: Shell) -> None:
+    with Terminal([*PDCTL, "deploy", "--local", *SMALL[:-1]], shell.environment, shell.state.parent) as late:
+        late.until("Deploy this")
+        assert shell.run("deploy", "--local", *SMALL).returncode == 0
+        before = (shell.state / "local/deployment.json").read_bytes()
+        late.press("y\r")
+        assert late.end() == 3
+        assert "already runs" in late.text
+    assert (shell.state / "local/deployment.json").read_bytes() == before
+    assert {part["state"] for part in shell.told("status")["parts"]} == {"ready"}
+    assert shell.run("logs", "--role", "prefill", "--tail", "1").stdout
+    assert shell.run("cleanup", "-y").returncode == 0
+    assert shell.processes() == []
+
+
+def test_a_name_that_another_command_is_deploying_is_refused(shell: Shell) -> None:
+    folder = shell.state / "local"
+    folder.mkdir(parents=True)
+    with (folder / "deploy.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        one_screen(shell.run("deploy", "--local", *SMALL), 3, "another pdctl is deploying 'local'", "next:")
+    assert shell.processes() == []
 
 
 def test_a_taken_port_is_refused_before_anything_starts(shell: Shell) -> None:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import socket
 import subprocess
 import threading
 from collections import Counter
@@ -160,3 +161,17 @@ def test_a_preset_has_a_profile_for_either_role_and_finds_engines_in_a_file(pres
     there = {plugin.get("name", plugin["type"]) for plugin in config["plugins"]}
     assert used <= there
     assert config["dataLayer"]["discovery"]["pluginRef"] in there
+
+
+def test_an_envoy_that_has_gone_or_hangs_up_has_no_requests_left() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+
+        def hang_up() -> None:
+            server.accept()[0].close()
+
+        closing = threading.Thread(target=hang_up)
+        closing.start()
+        assert envoy.drain(url, 5) == 0
+        closing.join()
+    assert envoy.drain(url, 5) == 0

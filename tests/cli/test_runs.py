@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pdctl.bench.measure import forget
 from pdctl.errors import PdctlError
 from pdctl.runs import Run, Store
 from pdctl.runs.export import export
@@ -95,3 +96,53 @@ def test_runs_are_listed_shown_and_removed_at_the_command_line(tmp_path: Path) -
     assert run.folder.exists()
     assert shell.run("runs", "rm", "mine", "-y").returncode == 0
     assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("content", ["", "null", "{}"])
+def test_a_run_that_cannot_be_read_is_listed_as_such_harms_no_other_and_can_be_removed(
+    tmp_path: Path, content: str
+) -> None:
+    shell = Shell(tmp_path)
+    store = Store(tmp_path / "data" / "pdctl" / "runs")
+    good, bad = store.new("bench", "good"), store.new("bench", "zbad")
+    stored.bench(good.folder)
+    (bad.folder / "run.json").write_text(content)
+    listed = shell.run("runs", "ls")
+    assert listed.returncode == 0, listed.stderr
+    assert good.name in listed.stdout
+    assert "unreadable" in next(line for line in listed.stdout.splitlines() if bad.name in line)
+    assert [run["state"] for run in shell.told("runs", "ls")] == ["done", "unreadable"]
+    for words in (("report", "last"), ("runs", "show", "zbad")):
+        answer = shell.run(*words)
+        assert answer.returncode == 1
+        assert f"{bad.folder}/run.json cannot be read" in answer.stderr
+        assert "Traceback" not in answer.stderr
+    attached = shell.run("bench", "--attach")
+    assert "no run goes on in a cluster" in attached.stderr
+    assert shell.run("runs", "rm", "zbad", "-y").returncode == 0
+    assert not bad.folder.exists()
+    assert good.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["results/0.json", "requests.jsonl"])
+def test_a_run_with_a_broken_file_of_figures_is_listed_as_unreadable(tmp_path: Path, name: str) -> None:
+    shell = Shell(tmp_path)
+    run = Store(tmp_path / "data" / "pdctl" / "runs").new("bench", "mine")
+    stored.bench(run.folder)
+    (run.folder / name).write_text("{\n")
+    listed = shell.run("runs", "ls")
+    assert listed.returncode == 0, listed.stderr
+    assert "unreadable" in listed.stdout
+    assert f"{name} cannot be read" in shell.run("runs", "show", "mine").stderr
+
+
+def test_a_repeat_is_forgotten_by_a_new_file_so_that_a_kill_loses_no_other(store: Store) -> None:
+    run = store.new("bench", None)
+    stored.bench(run.folder, repeats=2)
+    path = run.folder / "requests.jsonl"
+    before = path.with_name("before")
+    before.hardlink_to(path)
+    whole = path.read_bytes()
+    forget(path, 1)
+    assert {line["repeat"] for line in run.lines("requests.jsonl")} == {0}
+    assert before.read_bytes() == whole

@@ -1,9 +1,12 @@
 """Which deployment a command means that is told none."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from pdctl.deployment import Deployment
 from support.shell import Shell
 
 
@@ -40,3 +43,22 @@ def test_a_deployment_on_this_machine_does_not_stand_in_its_way(tmp_path: Path) 
         assert "say which: --name, or --namespace" in either.stderr
     finally:
         shell.run("cleanup", "--name", "local", "-y")
+
+
+def test_a_deployment_of_another_pdctl_is_told_and_harms_no_other(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    folder = shell.state / "newer"
+    folder.mkdir(parents=True)
+    told = asdict(Deployment("newer", 1, "m", 1.0, "random", "http://127.0.0.1:1", "http://127.0.0.1:2"))
+    (folder / "deployment.json").write_text(json.dumps(told | {"since_then": 1}))
+    for command in ("status", "cleanup"):
+        answer = shell.run(command, "--name", "newer")
+        assert answer.returncode == 1
+        assert f"{folder}/deployment.json cannot be read" in answer.stderr
+        assert "'since_then'" in answer.stderr
+        assert "use the version of pdctl that wrote it" in answer.stderr
+        assert "Traceback" not in answer.stderr
+    try:
+        known(shell, local=True)
+    finally:
+        shell.run("cleanup", "-y")

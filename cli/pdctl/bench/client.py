@@ -12,6 +12,7 @@ import httptools
 import orjson
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # as `vllm bench serve` and lm_eval read it
+SILENCE_SECONDS = 600.0  # without a byte, after which a request has failed: nothing in serving takes as long
 _LONGEST_ERROR = 300
 
 
@@ -94,6 +95,8 @@ class Connection(asyncio.Protocol):
         self._done: asyncio.Future[None] | None = None
         self._record = Record(0.0)
         self._last = 0.0
+        self._heard = 0.0
+        self._limit: asyncio.TimerHandle | None = None
         self._rest = b""
         self._tail = b""
         self._streams = False
@@ -123,13 +126,28 @@ class Connection(asyncio.Protocol):
         self._abort_after, self._answer = abort_after or 0, answer
         head = self._head + (f"{key}\r\n" if key else "")
         self._record = record = Record(perf_counter())
-        self._last = record.start
+        self._last = self._heard = record.start
+        self._limit = loop.call_later(SILENCE_SECONDS, self._judge_silence)
         self._transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         try:
             await self._done
         except ConnectionError as error:
             record.error = str(error)
+        finally:
+            self._limit.cancel()
         return record
+
+    def _judge_silence(self) -> None:
+        """Fail a request whose server is silent; look again when it could have been for too long since its last byte.
+
+        A byte only has its time noted: a timer for each would cost more than reading it.
+        """
+        left = self._heard + SILENCE_SECONDS - perf_counter()
+        if left > 0:
+            self._limit = asyncio.get_running_loop().call_later(left, self._judge_silence)
+        else:
+            self._fail(f"no byte for {SILENCE_SECONDS:g} s")
+            self.close()
 
     def close(self) -> None:
         """Close."""
@@ -145,6 +163,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse."""
+        self._heard = perf_counter()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:

@@ -20,7 +20,7 @@ from pdctl.bench.result import Outcome, result
 from pdctl.bench.watch import Watch, breaches, stretch, transfers
 from pdctl.bench.workload import Workload
 from pdctl.errors import PdctlError
-from pdctl.runs.run import Run
+from pdctl.runs.run import Run, parsed, put
 from pdctl.runs.setting import Place
 
 START_AHEAD_SECONDS = 0.1
@@ -194,7 +194,7 @@ def forget(path: Path, repeat: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    path.write_bytes(b"".join(line for line in kept if orjson.loads(line)["repeat"] != repeat))
+    put(path, b"".join(line for line in kept if parsed(path, line)["repeat"] != repeat))
 
 
 def _sums(senders: _Senders) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The Kubernetes API as pdctl asks it. kr8s reads the kubeconfig and gives credentials; requests are httpx's.
 
 The kubeconfig is only read. kr8s writes keys that stand in it as data to temporary files; `scratch` gives them a folder
-that goes when pdctl ends.
+that goes when pdctl ends, and they go as soon as they are loaded.
 """
 
 import asyncio
@@ -16,19 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import httpx_ws
 import orjson
 
+from pdctl.console import err
 from pdctl.errors import ExitCode, PdctlError
 
 Object = Mapping[str, Any]
 
 MANAGER = "pdctl"  # field manager of server-side apply
 CONNECT_SECONDS, READ_SECONDS = 5.0, 30.0
+LOGIN_SECONDS, QUIET_SECONDS = 60.0, 3.0  # for a program of the kubeconfig that logs in; before it is told about
 PAGE = 500
 # Stream resets and half-open connections come with an API server that is restarted or a tunnel that breaks.
-_OUTAGES = (httpx.ConnectError, httpx.TimeoutException, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
+_OUTAGES = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError)
 _BUSY = (429, 502, 503, 504)
 
 
@@ -70,6 +73,47 @@ def scratch() -> Path:
     return Path(tempfile.tempdir)
 
 
+@contextlib.asynccontextmanager
+async def _logging_in(context: str | None) -> AsyncIterator[None]:
+    """Say what is waited for and what fails while credentials are had, for which a kubeconfig may name a program.
+
+    Nobody sees what that program asks for: kr8s keeps its output, so it is not waited for without limit.
+
+    Raises:
+        PdctlError: there is no such context, or there are no credentials.
+    """
+    where = f"context {context!r}" if context else "the current context"
+    waiting = asyncio.get_running_loop().call_later(
+        QUIET_SECONDS, lambda: err.print(f"waiting for the login of {where}", style="dim", soft_wrap=True)
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of versions that kr8s was not tried with
+            with anyio.fail_after(
+                LOGIN_SECONDS
+            ):  # after asyncio's own timeout anyio would go on waiting for the program
+                yield
+    except (ValueError, KeyError, IndexError, FileNotFoundError) as error:
+        raise PdctlError(
+            f"the kubeconfig has nothing for {where} that can be used: {error}",
+            "see kubectl config get-contexts; choose one with --context, or another file with KUBECONFIG",
+            ExitCode.PREFLIGHT,
+        ) from None
+    except TimeoutError:
+        raise PdctlError(
+            f"the login of {where} did not end within {LOGIN_SECONDS:g} s",
+            "log in as your cluster's provider says, where it can ask you, then run the command again",
+            ExitCode.PREFLIGHT,
+        ) from None
+    except Exception as error:  # what a program of the kubeconfig makes of a failure differs from one to the next
+        raise PdctlError(
+            f"the credentials of {where} cannot be had: {type(error).__name__}: {error}",
+            "log in again as your cluster's provider says", ExitCode.PREFLIGHT,
+        ) from None  # fmt: skip
+    finally:
+        waiting.cancel()
+
+
 @dataclass(slots=True)
 class Cluster:
     """One cluster, reached through one context.
@@ -101,34 +145,23 @@ class Cluster:
         from kr8s._auth import KubeAuth  # noqa: PLC0415
 
         scratch()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of versions that kr8s was not tried with
-                auth = await KubeAuth(context=context)
+        async with _logging_in(context):
+            auth = KubeAuth(context=context)
+            await auth.reauthenticate()
             made = cls(auth.active_context, auth.server, _auth=auth)
             made._client = await made._new_client()
-        except (ValueError, KeyError, IndexError, FileNotFoundError) as error:
-            where = f"context {context!r}" if context else "the current context"
-            raise PdctlError(
-                f"the kubeconfig has nothing for {where} that can be used: {error}",
-                "see kubectl config get-contexts; choose one with --context, or another file with KUBECONFIG",
-                ExitCode.PREFLIGHT,
-            ) from None
-        except (
-            Exception
-        ) as error:  # what an exec plugin of the kubeconfig makes of a failure differs from one to the next
-            raise PdctlError(
-                f"the credentials of {context or 'the current context'} cannot be had: {type(error).__name__}: {error}",
-                "log in again as your cluster's provider says", ExitCode.PREFLIGHT,
-            ) from None  # fmt: skip
         made.version = (await made.get("/version")).get("gitVersion", "")
         return made
 
     async def _new_client(self) -> httpx.AsyncClient:
         auth = self._auth
+        verify = await auth.ssl_context()
+        for path in (auth.client_key_file, auth.client_cert_file):
+            if path and Path(path).is_relative_to(scratch()):  # kr8s wrote it, and will do so anew for another client
+                Path(path).unlink(missing_ok=True)
         headers = {"user-agent": "pdctl"} | ({"authorization": f"Bearer {auth.token}"} if auth.token else {})
         return httpx.AsyncClient(
-            base_url=auth.server, headers=headers, verify=await auth.ssl_context(), proxy=auth.proxy,
+            base_url=auth.server, headers=headers, verify=verify, proxy=auth.proxy,
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
         )  # fmt: skip
@@ -152,8 +185,9 @@ class Cluster:
     async def _renew(self, old: httpx.AsyncClient) -> None:
         async with self._renewing:
             if self._client is old:
-                await self._auth.reauthenticate()
-                self._client = await self._new_client()
+                async with _logging_in(self.context):
+                    await self._auth.reauthenticate()
+                    self._client = await self._new_client()
 
     async def call(
         self,
@@ -196,6 +230,11 @@ class Cluster:
                 )  # fmt: skip
             except _OUTAGES as error:
                 why = _why(error)
+            except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+                raise PdctlError(
+                    f"the Kubernetes API at {self.server} cannot be asked: {error}",
+                    "correct the server and the credentials of this context in the kubeconfig", ExitCode.PREFLIGHT,
+                ) from None  # fmt: skip
             else:
                 if response.status_code == 401 and not renewed:
                     renewed = True
@@ -313,5 +352,7 @@ class Cluster:
 def _why(error: BaseException) -> str:
     if isinstance(error, httpx.TimeoutException):
         return "no answer in time"
+    if isinstance(error, httpx.ProxyError):
+        return f"its proxy says {error}"
     told = str(error) or type(error).__name__
     return told.removeprefix("[Errno 111] ")

@@ -145,6 +145,7 @@ class Deploying:
     async def locked(self) -> AsyncIterator[None]:
         """Make the namespace, which the lock needs, and hold the lock."""
         plan = self._plan
+        record.check_writable(plan.namespace)
         plan.cluster.patience = OUTAGE_SECONDS
         if plan.space is None:
             self.stage = "making the namespace"

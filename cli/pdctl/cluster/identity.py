@@ -1,8 +1,19 @@
-"""Which cluster is which: a command never goes to another one than the deployment's, whatever contexts are called."""
+"""Which cluster is which, and who goes: no command goes to another cluster than the deployment's."""
+
+import getpass
+import os
 
 from pdctl.cluster import paths, record
 from pdctl.cluster.api import ApiError, Cluster
 from pdctl.errors import ExitCode, PdctlError
+
+
+def user() -> str:
+    """Give the name of who runs this, or the number: in a pod there may be no name for it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 async def identity(cluster: Cluster) -> str:

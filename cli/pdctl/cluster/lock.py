@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import getpass
 import os
 import socket
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 from pdctl.cluster import paths
 from pdctl.cluster.api import ApiError, Cluster, Unreachable
+from pdctl.cluster.identity import user
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.podstate.state import seconds
 
@@ -26,7 +26,7 @@ def _now() -> str:
 
 
 def _who() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}"
+    return f"{user()}@{socket.gethostname()}, process {os.getpid()}"
 
 
 def _lease(namespace: str, verb: str, version: str | None = None) -> dict[str, Any]:

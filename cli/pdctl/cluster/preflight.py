@@ -230,7 +230,7 @@ async def _model(scene: Scene) -> Check | None:
     try:
         async with httpx.AsyncClient(timeout=HUB_SECONDS) as client:
             answer = await client.head(f"{hub}/{model}/resolve/main/config.json", headers=headers)
-    except (httpx.HTTPError, OSError, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         return Check("model", Mark.UNKNOWN, f"{hub} cannot be reached from here ({type(error).__name__})")
     if answer.status_code in (401, 403):
         if not scene.token and scene.wanted.token_secret is not None:

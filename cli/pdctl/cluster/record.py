@@ -36,6 +36,18 @@ class Record:
         os.replace(new, path)
 
 
+def check_writable(namespace: str) -> None:
+    """See that a deployment can be written down, before anything is made that would have to be.
+
+    Raises:
+        OSError: it cannot.
+    """
+    path_of(namespace).parent.mkdir(parents=True, exist_ok=True)
+    new = path_of(namespace).with_suffix(".new")
+    new.write_bytes(b" " * 4096)  # more than a record has
+    new.unlink()
+
+
 def folder(namespace: str) -> Path:
     """Give the folder of a deployment's files."""
     return state_folder() / "namespaces" / namespace

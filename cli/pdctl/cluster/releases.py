@@ -72,15 +72,15 @@ def _values(name: str, what: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        told = yaml.load(path.read_text(), yaml.CSafeLoader) or {}
+        told = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader) or {}
     except OSError as error:
         raise PdctlError(f"{path} cannot be read: {error.strerror}", "correct -f", ExitCode.USAGE) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that cannot be
         raise PdctlError(f"{path} is not YAML: {error}", "correct the file", ExitCode.USAGE) from None
-    wrong = sorted(set(told) - set(PARTS)) if isinstance(told, dict) else ["no map"]
+    wrong = sorted(map(str, set(told) - set(PARTS))) if isinstance(told, dict) else ["no map"]
     if wrong:
         raise PdctlError(
-            f"{path} has {', '.join(map(str, wrong))} at its top",
+            f"{path} has {', '.join(wrong)} at its top",
             "put values of charts/pd-engines under engines: and those of charts/pd-router under router:",
             ExitCode.USAGE,
         )

@@ -195,8 +195,8 @@ def _attach(label: str | None, output: Path | None, json: bool) -> None:
         PdctlError: there is none.
     """
     store = Store()
-    there = [store.find(label)] if label else [run for run in store.all() if run.kind == "bench"]
-    there = [run for run in there if run.state == "detached"]
+    there = [run for run in ([store.find(label)] if label else store.all()) if run.state == "detached"]
+    there = there if label else [run for run in there if run.kind == "bench"]
     if not there:
         raise PdctlError(
             f"{label or 'no run'} goes on in a cluster without a command that follows it", "see pdctl runs ls"

@@ -46,7 +46,7 @@ def calibrate(
     base = url.rstrip("/").removesuffix("/v1")
     try:
         measured = asyncio.run(_measure(base, model, longest))
-    except (httpx.HTTPError, LookupError, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, LookupError, ValueError) as error:
         raise PdctlError(
             f"{base} could not be measured: {error or type(error).__name__}",
             "check that a vLLM engine answers there and nothing else uses it",

@@ -29,7 +29,13 @@ def record(
     The router must have been started with --record-dir.
     """
     base = admin.rstrip("/")
-    with httpx.Client(base_url=base, timeout=30) as client:
+    try:
+        made = httpx.Client(base_url=base, timeout=30)
+    except httpx.InvalidURL as error:
+        raise PdctlError(
+            f"{base} is no address: {error}", "give --admin as http://127.0.0.1:9000", ExitCode.USAGE
+        ) from error
+    with made as client:
         if action is Action.FETCH:
             _fetch(client, output)
         else:

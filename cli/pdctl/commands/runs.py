@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pdctl.bench import in_pod
@@ -30,7 +31,7 @@ def ls(json: Json = False) -> None:
     """List the runs, the newest last."""
     kept = Store().all()
     if json:
-        print_json([_told(run) for run in kept])
+        print_json([_told_if_readable(run) for run in kept])
         return
     if not kept:
         out.print("No run is kept. next: pdctl bench 200 32")
@@ -41,15 +42,22 @@ def ls(json: Json = False) -> None:
     for title in ("TOK/S", "TTFT P50 MS", "ITL P50 MS"):
         table.add_column(title, justify="right")
     for run in kept:
-        figures = headlines(run.whole_results()) if run.measures else {}
-        shown = [
-            figures[key].text(digits) if key in figures else ""
-            for key, digits in (("output_throughput", 0), ("median_ttft_ms", 1), ("median_itl_ms", 2))
-        ]
-        colour = {"done": "green", "running": "cyan", "detached": "cyan"}.get(run.state, "yellow")
-        engines = "[yellow]simulated[/]" if run.simulated else "real"
-        table.add_row(run.name, f"[{colour}]{run.state}[/]", engines, what(run), *shown)
+        try:
+            table.add_row(*_row(run))
+        except PdctlError as error:
+            table.add_row(run.name, "[red]unreadable[/]", "", escape(error.cause))
     out.print(table)
+
+
+def _row(run: Run) -> list[str]:
+    figures = headlines(run.whole_results()) if run.measures else {}
+    shown = [
+        figures[key].text(digits) if key in figures else ""
+        for key, digits in (("output_throughput", 0), ("median_ttft_ms", 1), ("median_itl_ms", 2))
+    ]
+    colour = {"done": "green", "running": "cyan", "detached": "cyan"}.get(run.state, "yellow")
+    engines = "[yellow]simulated[/]" if run.simulated else "real"
+    return [run.name, f"[{colour}]{run.state}[/]", engines, what(run), *shown]
 
 
 def what(run: Run) -> str:
@@ -73,6 +81,14 @@ def _told(run: Run) -> dict[str, Any]:
         "points": [_told(point) for point in run.points],
         "figures": {key: {"mean": one.mean, "low": one.low, "high": one.high} for key, one in figures.items()},
     }
+
+
+def _told_if_readable(run: Run) -> dict[str, Any]:
+    try:
+        return _told(run)
+    except PdctlError as error:
+        unknown = dict.fromkeys(("kind", "simulated", "model"))
+        return {"name": run.name, **unknown, "state": "unreadable", "what": error.cause, "points": [], "figures": {}}
 
 
 @runs.command("show")

@@ -16,6 +16,9 @@ from pdctl.bench.result import Outcome, result
 from pdctl.bench.slo import Slo
 from pdctl.bench.workload import Workload
 from pdctl.deployment import is_running
+from pdctl.errors import PdctlError
+
+_ALWAYS = {"kind", "model", "simulated", "state"}  # what every run.json tells
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,15 @@ class Run:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What `run.json` tells."""
-        told: dict[str, Any] = orjson.loads((self.folder / "run.json").read_bytes())
+        """What `run.json` tells.
+
+        Raises:
+            PdctlError: it is no such file.
+        """
+        path = self.folder / "run.json"
+        told = parsed(path, path.read_bytes())
+        if not isinstance(told, dict) or _ALWAYS - told.keys():
+            raise unreadable(path, f"it lacks {', '.join(sorted(_ALWAYS))}")
         return told
 
     def begin(self, about: dict[str, Any]) -> None:
@@ -59,7 +69,7 @@ class Run:
 
     def _save(self, about: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / "run.json", orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
+        put(self.folder / "run.json", orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
         self.__dict__.pop("about", None)
 
     @property
@@ -76,9 +86,12 @@ class Run:
     def state(self) -> str:
         """`running`, `done`, `partial`, `failed`; `killed` or `detached` when the process that ran it is gone.
 
-        A detached run goes on in the cluster.
+        A detached run goes on in the cluster. `unreadable`: nobody can tell.
         """
-        told = str(self.about["state"])
+        try:
+            told = str(self.about["state"])
+        except PdctlError:
+            return "unreadable"
         if told == "running" and not is_running(self.about["pid"], self.about["pid_created"]):
             return "detached" if self.away else "killed"
         return told
@@ -96,7 +109,10 @@ class Run:
     @cached_property
     def workload(self) -> Workload:
         """What was sent."""
-        return Workload.read(self.about["workload"])
+        try:
+            return Workload.read(self.about["workload"])
+        except (ValueError, TypeError, KeyError) as error:  # of another version of pdctl
+            raise unreadable(self.folder / "run.json", error) from None
 
     @property
     def slos(self) -> list[Slo]:
@@ -125,7 +141,7 @@ class Run:
         with path.open("rb") as file:
             for line in file:
                 if line.endswith(b"\n"):
-                    yield orjson.loads(line)
+                    yield parsed(path, line)
 
     def result_path(self, repeat: int) -> Path:
         """Where a repeat's figures are."""
@@ -133,20 +149,21 @@ class Run:
 
     def keep(self, repeat: int, told: dict[str, Any]) -> None:
         """Write a repeat's figures."""
-        _replace(self.result_path(repeat), orjson.dumps(told))
+        put(self.result_path(repeat), orjson.dumps(told))
 
     @property
     def finished(self) -> set[int]:
         """The repeats that are whole."""
         whole = set()
         for path in (self.folder / "results").glob("*.json"):
-            if not orjson.loads(path.read_bytes())["pdctl"].get("partial"):
+            if not parsed(path, path.read_bytes())["pdctl"].get("partial"):
                 whole.add(int(path.stem))
         return whole
 
     def results(self) -> list[dict[str, Any]]:
         """Give the figures of every repeat; of one that was killed, those of the requests that had ended."""
-        found = {int(path.stem): orjson.loads(path.read_bytes()) for path in (self.folder / "results").glob("*.json")}
+        paths = (self.folder / "results").glob("*.json")
+        found = {int(path.stem): parsed(path, path.read_bytes()) for path in paths}
         begun = {line["repeat"] for line in self.lines("requests.jsonl")} - found.keys()
         found |= {repeat: self.partial_result(repeat) for repeat in begun}
         return [found[repeat] for repeat in sorted(found)]
@@ -166,7 +183,27 @@ class Run:
         )  # fmt: skip
 
 
-def _replace(path: Path, content: bytes) -> None:
+def parsed(path: Path, content: bytes) -> Any:
+    """Read JSON of a file, or of a line of it.
+
+    Raises:
+        PdctlError: it is none.
+    """
+    try:
+        return orjson.loads(content)
+    except ValueError as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, why: object) -> PdctlError:
+    """Say which file of a run cannot be read."""
+    return PdctlError(
+        f"{path} cannot be read: {why}",
+        "look at it; pdctl runs rm RUN removes a run that is of no use",
+    )
+
+
+def put(path: Path, content: bytes) -> None:
     """Write a file so that a kill leaves the old or the new one, never half of it."""
     new = path.with_name(path.name + ".new")
     new.write_bytes(content)

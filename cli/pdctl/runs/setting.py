@@ -108,7 +108,7 @@ def described(url: str, model: str | None) -> Place:
             if model is None:
                 answer.raise_for_status()
             told: str = model or answer.json()["data"][0]["id"]
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
             raise PdctlError(
                 f"{base}/v1/models does not tell a model: {error}",
                 "check that the server runs, or name the model by --model",

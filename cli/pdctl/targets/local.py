@@ -67,31 +67,33 @@ def _subnet() -> int:
     )
 
 
+def _check_free(name: str) -> None:
+    folder = deployment.folder_of(name)
+    with deployment.locked(name) as mine:
+        taken = not mine
+    if taken:
+        raise PdctlError(
+            f"a deployment named {name!r} already runs",
+            f"look at it with pdctl status --name {name}, end it with pdctl cleanup --name {name}, "
+            "or choose another --name",
+            ExitCode.PREFLIGHT,
+        )
+    left = [member.name for member in deployment.load(name).running] if (folder / "deployment.json").exists() else []
+    if left:
+        raise PdctlError(
+            f"processes of an earlier {name!r} are left whose supervisor died: {', '.join(left)}",
+            f"run pdctl cleanup --name {name}",
+            ExitCode.PREFLIGHT,
+        )
+
+
 def plan(wish: Wish) -> Deployment:
     """Work out the processes and addresses of a deployment; nothing is started.
 
     Raises:
         PdctlError: a port or name is taken, or a program missing.
     """
-    folder = deployment.folder_of(wish.name)
-    with deployment.locked(wish.name) as mine:
-        taken = not mine
-    if taken:
-        raise PdctlError(
-            f"a deployment named {wish.name!r} already runs",
-            f"look at it with pdctl status --name {wish.name}, end it with pdctl cleanup --name {wish.name}, "
-            "or choose another --name",
-            ExitCode.PREFLIGHT,
-        )
-    left = (
-        [member.name for member in deployment.load(wish.name).running] if (folder / "deployment.json").exists() else []
-    )
-    if left:
-        raise PdctlError(
-            f"processes of an earlier {wish.name!r} are left whose supervisor died: {', '.join(left)}",
-            f"run pdctl cleanup --name {wish.name}",
-            ExitCode.PREFLIGHT,
-        )
+    _check_free(wish.name)
     engine = beside("pd-engine-sim")
     if wish.port is not None and not free(HOST, wish.port):
         raise PdctlError(f"port {wish.port} is taken by another program", "choose another --port", ExitCode.PREFLIGHT)
@@ -179,8 +181,19 @@ class LocalTarget:
         """Start a planned deployment and wait until every part answers; one that is bound ends with this process.
 
         Raises:
-            PdctlError: a part ended or did not answer in time; everything has been stopped again.
+            PdctlError: a part ended or did not answer in time, and everything has been stopped again; or the name has
+                been taken since it was planned, and nothing was touched.
         """
+        with deployment.locked(self.name, "deploy.lock") as mine:
+            if not mine:
+                raise PdctlError(
+                    f"another pdctl is deploying {self.name!r}", "wait until it is done, or choose another --name",
+                    ExitCode.PREFLIGHT,
+                )  # fmt: skip
+            _check_free(self.name)  # the plan may have stood at a question for long
+            self._start(timeout, on_ready, bound)
+
+    def _start(self, timeout: float, on_ready: Callable[[Member, float], None], bound: bool) -> None:
         known = self._deployment
         shutil.rmtree(known.folder / "logs", ignore_errors=True)
         known.wanted.unlink(missing_ok=True)
