@@ -255,9 +255,14 @@ class Cluster:
         """Replace an object by a newer version of itself."""
         return await self.call("PUT", path, f"cannot update {thing['kind']} {thing['metadata']['name']}", body=thing)
 
-    async def delete(self, path: str) -> None:
-        """Delete an object and, first, what it owns; one that does not exist is no error."""
-        options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
+    async def delete(self, path: str, version: str | None = None) -> None:
+        """Delete an object and, first, what it owns; one that does not exist is no error.
+
+        Raises:
+            ApiError: it refuses; with a version: also because it is no longer of that (409).
+        """
+        options: dict[str, Any] = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
+        options |= {"preconditions": {"resourceVersion": version}} if version else {}
         try:
             await self.call("DELETE", path, f"cannot delete {path.rsplit('/', 1)[-1]}", body=options)
         except ApiError as error:
