@@ -1,14 +1,16 @@
 """Where output goes: data to stdout, progress and errors to stderr."""
 
+import signal
 import sys
 from typing import Any
 
 import orjson
+import typer
 import yaml
 from rich.console import Console
 from rich.text import Text
 
-from pdctl.errors import PdctlError
+from pdctl.errors import ExitCode, PdctlError
 
 WIDE = 200  # columns where there is no terminal that tells: nothing is cut off in a pipe or a file
 
@@ -58,6 +60,24 @@ def print_error(error: PdctlError) -> None:
     for line in error.evidence:
         err.print(Text("  | " + line, style="dim"))
     err.print(Text.assemble(("next:  ", "bold"), error.next_step))
+
+
+def confirmed(question: str, *, default: bool) -> bool:
+    """Ask at the terminal, before anything is changed.
+
+    Raises:
+        PdctlError: a Ctrl-C or the end of the input came instead of an answer.
+    """
+    # asyncio.run takes a Ctrl-C for its main task, which is in the middle of asking and would never hear of it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return typer.confirm(question, default=default, err=True)
+    except typer.Abort:
+        raise PdctlError(
+            "interrupted; nothing was changed", "run the command again when you are ready", ExitCode.INTERRUPTED
+        ) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def bytes_text(count: float) -> str:

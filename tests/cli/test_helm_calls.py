@@ -25,6 +25,23 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 """
 
 
+INTERRUPTED = """
+import asyncio, sys
+from pdctl.cluster import helm
+
+helm.STOP_SECONDS = 0.3
+
+async def main(program: str) -> None:
+    call = asyncio.ensure_future(helm.Helm(program, (4, 0)).call("upgrade"))
+    await asyncio.sleep(0.5)
+    while not call.done():  # as anyio cancels
+        call.cancel()
+        await asyncio.sleep(0)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
 def program(folder: Path, script: str) -> str:
     path = folder / "helm"
     path.write_text(f"#!/bin/sh\n{script}\n")
@@ -54,3 +71,13 @@ def test_a_call_that_never_ends_is_told_and_nothing_of_it_is_left(
     assert time.monotonic() - began < 30  # it would be 100 if what holds its output open lived on
     child = Path(f"/proc/{pid.read_text().strip()}/stat")
     assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_a_call_that_is_cancelled_again_and_again_is_ended_all_the_same(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    stub = program(tmp_path, f"trap 'echo asked >> {told}' INT; sleep 100 & while :; do wait; done")
+    command = [sys.executable, "-c", INTERRUPTED, stub]
+    done = subprocess.run(command, timeout=30, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "waiting for helm to end\n"
+    assert told.read_text() == "asked\n"

@@ -106,11 +106,15 @@ def saving(folder: str, name: str) -> list[str]:
     return ["--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", name]
 
 
-def failed(status: int, log: Path) -> PdctlError:
+class FailedError(PdctlError):
+    """It ended with a bad exit status."""
+
+
+def failed(status: int, log: Path) -> FailedError:
     """Say that it failed, with the end of its log."""
     lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
     shown = [line for line in lines if line.strip()][-_ERROR_LINES:]
-    return PdctlError(f"vllm bench serve ended with status {status}", f"see the whole log: {log}", evidence=shown)
+    return FailedError(f"vllm bench serve ended with status {status}", f"see the whole log: {log}", evidence=shown)
 
 
 def keep(run: Run, repeat: int, path: Path) -> dict[str, Any]:

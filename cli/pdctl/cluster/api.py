@@ -20,6 +20,7 @@ import anyio
 import httpx
 import httpx_ws
 import orjson
+from wsproto.utilities import ProtocolError
 
 from pdctl.console import err
 from pdctl.errors import ExitCode, PdctlError
@@ -132,6 +133,7 @@ class Cluster:
     version: str = ""
     _auth: Any = None
     _client: httpx.AsyncClient | None = None
+    _old: list[httpx.AsyncClient] = field(default_factory=list)
     _renewing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @classmethod
@@ -164,12 +166,14 @@ class Cluster:
             base_url=auth.server, headers=headers, verify=verify, proxy=auth.proxy,
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+            event_hooks={"response": [_read_refusal]},
         )  # fmt: skip
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._client is not None:
-            await self._client.aclose()
+        for client in (*self._old, self._client):
+            if client is not None:
+                await client.aclose()
 
     @property
     def client(self) -> httpx.AsyncClient:
@@ -187,6 +191,7 @@ class Cluster:
             if self._client is old:
                 async with _logging_in(self.context):
                     await self._auth.reauthenticate()
+                    self._old.append(old)  # others still use it
                     self._client = await self._new_client()
 
     async def call(
@@ -208,13 +213,9 @@ class Cluster:
             Unreachable: it does not answer.
         """
         response = await self._answer(method, path, body, kind, query)
-        try:
-            told = orjson.loads(response.content)
-        except orjson.JSONDecodeError:
-            told = {"message": response.text[:300]}
         if response.status_code >= 400:
-            raise ApiError(response.status_code, told.get("reason", ""), told.get("message", "no reason given"), what)
-        return told
+            raise _refused(response, what)
+        return _told(response)
 
     async def _answer(
         self, method: str, path: str, body: Object | None, kind: str, query: Mapping[str, Any]
@@ -293,9 +294,14 @@ class Cluster:
         """Replace an object by a newer version of itself."""
         return await self.call("PUT", path, f"cannot update {thing['kind']} {thing['metadata']['name']}", body=thing)
 
-    async def delete(self, path: str) -> None:
-        """Delete an object and, first, what it owns; one that does not exist is no error."""
-        options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
+    async def delete(self, path: str, version: str | None = None) -> None:
+        """Delete an object and, first, what it owns; one that does not exist is no error.
+
+        Raises:
+            ApiError: it refuses; with a version: also because it is no longer of that (409).
+        """
+        options: dict[str, Any] = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
+        options |= {"preconditions": {"resourceVersion": version}} if version else {}
         try:
             await self.call("DELETE", path, f"cannot delete {path.rsplit('/', 1)[-1]}", body=options)
         except ApiError as error:
@@ -335,18 +341,70 @@ class Cluster:
                         yield line
 
     @contextlib.asynccontextmanager
-    async def websocket(self, path: str, protocol: str, **query: Any) -> AsyncIterator[httpx_ws.AsyncWebSocketSession]:
-        """Open a websocket.
+    async def websocket(
+        self, path: str, protocol: str, what: str, **query: Any
+    ) -> AsyncIterator[httpx_ws.AsyncWebSocketSession]:
+        """Open a websocket; `what` is it in words, for errors.
 
         Raises:
-            httpx_ws.HTTPXWSException, httpx.HTTPError: it cannot be had.
+            ApiError: the API refuses it.
+            Unreachable: it cannot be had for now, or the connection broke while it was used.
         """
-        session: httpx_ws.AsyncWebSocketSession
-        async with httpx_ws.aconnect_ws(
-            path, self.client, subprotocols=[protocol], params=query, keepalive_ping_interval_seconds=None,
-            extensions=self.extensions,
-        ) as session:  # fmt: skip
-            yield session
+        try:
+            async with contextlib.AsyncExitStack() as held:
+                yield await self._opened(held, path, protocol, query)
+        except ExceptionGroup as group:  # httpx-ws runs a task group around whoever uses the socket
+            raise self._broken(group.exceptions[0], what) from None
+        except (httpx_ws.HTTPXWSException, httpx.HTTPError) as error:
+            raise self._broken(error, what) from None
+
+    async def _opened(
+        self, held: contextlib.AsyncExitStack, path: str, protocol: str, query: Mapping[str, Any]
+    ) -> httpx_ws.AsyncWebSocketSession:
+        renewed = False
+        while True:
+            client = self.client
+            try:
+                return await held.enter_async_context(
+                    httpx_ws.aconnect_ws(
+                        path, client, subprotocols=[protocol], params=query, keepalive_ping_interval_seconds=None,
+                        extensions=self.extensions,
+                    )
+                )  # fmt: skip
+            except httpx_ws.WebSocketUpgradeError as error:
+                if error.response.status_code != 401 or renewed:
+                    raise
+            renewed = True
+            await self._renew(client)
+
+    def _broken(self, error: BaseException, what: str) -> BaseException:
+        """Say in our words why a websocket could not be had, or broke; what is not about it stays as it is."""
+        if isinstance(error, httpx_ws.WebSocketUpgradeError):
+            status = error.response.status_code
+            if status == 429 or status >= 500:
+                return Unreachable(self.server, f"{what}: {_refused(error.response, what).message} ({status})")
+            return _refused(error.response, what)
+        if isinstance(error, (httpx_ws.HTTPXWSException, ProtocolError)):
+            return Unreachable(self.server, "the connection broke")
+        return Unreachable(self.server, _why(error)) if isinstance(error, httpx.HTTPError) else error
+
+
+async def _read_refusal(response: httpx.Response) -> None:
+    """Read why a websocket is refused: httpx-ws raises its error after closing the answer."""
+    if "upgrade" in response.request.headers and response.status_code != 101:
+        await response.aread()
+
+
+def _told(response: httpx.Response) -> Any:
+    try:
+        return orjson.loads(response.content)
+    except orjson.JSONDecodeError:
+        return {"message": response.text[:300]}
+
+
+def _refused(response: httpx.Response, what: str) -> ApiError:
+    told = _told(response)
+    return ApiError(response.status_code, told.get("reason", ""), told.get("message", "no reason given"), what)
 
 
 def _why(error: BaseException) -> str:

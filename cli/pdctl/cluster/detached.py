@@ -5,6 +5,7 @@ answer: nothing depends on one connection.
 """
 
 import base64
+import contextlib
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from pdctl.cluster.api import ApiError, Unreachable
-from pdctl.errors import ExitCode, PdctlError
+from pdctl.errors import PdctlError
 
 LOOK_SECONDS = 1.0
 CUT_SHORT = 20  # so many answers in a row without a line of JSON come from no broken connection
@@ -132,7 +133,8 @@ class Detached:
 
     def take(self) -> None:
         """Remove its folder there, and end what still runs."""
-        self._asked("take", None)
+        with contextlib.suppress(GoneError):  # the pod took it along
+            self._asked("take", None)
 
     def _asked(self, verb: str, told: object) -> dict[str, Any]:
         broken = cut = 0
@@ -163,11 +165,9 @@ class Detached:
     def _refused(self, error: ApiError) -> PdctlError:
         if error.status == 404:
             return self._lost("the pod is gone, and what it had measured with it")
-        if error.status in (401, 403):
-            return PdctlError(
-                f"no command may be run in {self.pod}: {error.message}",
-                "ask for the right to create pods/exec; or measure from here: --client pdctl", ExitCode.PREFLIGHT,
-            )  # fmt: skip
+        if error.status == 403:
+            error.cause = f"no command may be run in {self.pod}: {error.message}"
+            error.next_step = "ask for the right to create pods/exec; or measure from here: --client pdctl"
         return error
 
     def _lost(self, why: str) -> GoneError:

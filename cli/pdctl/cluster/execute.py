@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
-import httpx
 import httpx_ws
 import orjson
 
@@ -21,34 +20,24 @@ async def execute(cluster: Cluster, namespace: str, pod: str, container: str, co
 
     Raises:
         ApiError: the API refuses: no such pod (404), no right to `pods/exec` (403); or the command failed (status 0).
-        Unreachable: the connection broke, or the command did not end within a minute.
+        Unreachable: the API or the pod's node is away, the connection broke, or the command did not end within a
+            minute; whether it ran is not known.
     """
     path = f"{paths.namespaced('pods', namespace, pod)}/exec"
     query = {"command": list(command), "container": container, "stdout": "true", "stderr": "true"}
     what = f"cannot run a command in {pod}"
     told: dict[int, bytearray] = {_OUT: bytearray(), _ERR: bytearray(), _STATUS: bytearray()}
     try:
-        async with asyncio.timeout(SECONDS), cluster.websocket(path, PROTOCOL, **query) as socket:
+        async with asyncio.timeout(SECONDS), cluster.websocket(path, PROTOCOL, what, **query) as socket:
             with contextlib.suppress(httpx_ws.WebSocketDisconnect):
                 while not told[_STATUS]:
                     message = await socket.receive_bytes()
                     if message and message[0] in told:
                         told[message[0]] += message[1:]
-    except httpx_ws.WebSocketUpgradeError as error:
-        await error.response.aread()
-        raise _refused(error.response, what) from None
-    except (httpx_ws.HTTPXWSException, httpx.HTTPError, TimeoutError) as error:
-        raise Unreachable(cluster.server, str(error) or type(error).__name__) from None
+    except TimeoutError:
+        raise Unreachable(cluster.server, f"a command in {pod} did not end within {SECONDS:g} s") from None
     status = orjson.loads(bytes(told[_STATUS]) or b"{}")
     if status.get("status") == "Failure":
         words = told[_ERR].decode(errors="replace").strip()[-500:] or status.get("message", "")
         raise ApiError(0, status.get("reason", ""), words, what)
     return told[_OUT].decode(errors="replace")
-
-
-def _refused(response: httpx.Response, what: str) -> ApiError:
-    try:
-        told = orjson.loads(response.content)
-    except orjson.JSONDecodeError:
-        told = {"message": response.text[:300]}
-    return ApiError(response.status_code, told.get("reason", ""), told.get("message", "no reason given"), what)

@@ -90,14 +90,15 @@ class Forward:
                     why = "no pod is ready"
                     continue
                 path = f"{paths.namespaced('pods', self._namespace, pod)}/portforward"
-                async with self._cluster.websocket(path, PROTOCOL, ports=str(self._port)) as socket:
+                what = f"cannot reach {pod}"
+                async with self._cluster.websocket(path, PROTOCOL, what, ports=str(self._port)) as socket:
                     if pod != self._pod:
                         if self._pod:
                             self._tell(f"connected to {pod} now")
                         self._pod = pod
                     await _join(socket, reader, writer)
                 return
-            except (httpx_ws.HTTPXWSException, httpx.HTTPError, ApiError, Unreachable) as error:
+            except (ApiError, Unreachable) as error:
                 why = str(error) or type(error).__name__
         self._tell(f"no connection to port {self._port}: {why}")
 

@@ -7,11 +7,15 @@ and then stops. Values go by file, and the environment has no HF_TOKEN.
 import asyncio
 import contextlib
 import difflib
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +30,7 @@ OLDEST = (3, 18)
 HISTORY = "5"
 CALL_SECONDS = 300
 STOP_SECONDS = 10.0
+POLL_SECONDS = 0.2
 PENDING = ("pending-install", "pending-upgrade", "pending-rollback", "unknown")
 
 
@@ -112,20 +117,27 @@ class Helm:
             command += ["--namespace", self.namespace]
         if self.context:
             command += ["--kube-context", self.context]
-        process = _started(command)
-        # A thread's future, because asyncio.run cancels every task when it comes to its end.
-        talk = asyncio.get_running_loop().run_in_executor(None, process.communicate)
+        process, left = _started(command), threading.Event()
+        # A thread's future, because asyncio.run cancels every task when it comes to its end. The thread ends Helm, too:
+        # whoever waits here can be cancelled again at each await.
+        talk = asyncio.get_running_loop().run_in_executor(None, _talk, process, left)
         try:
             out, err = await asyncio.wait_for(asyncio.shield(talk), CALL_SECONDS)
         except TimeoutError:
-            await _end(process, talk)
+            left.set()
+            await asyncio.shield(talk)
             raise HelmError(
                 f"helm {arguments[0]} did not end within {CALL_SECONDS} s", "see that the Kubernetes API answers: "
                 "pdctl doctor; then run the command again: it goes on where this run stopped",
             ) from None  # fmt: skip
         except asyncio.CancelledError:
-            await _end(process, talk)
+            left.set()
+            if not talk.done():
+                print("waiting for helm to end", file=sys.stderr, flush=True)
+            await asyncio.shield(talk)
             raise
+        finally:
+            left.set()
         said = err.decode(errors="replace")
         self.calls.append(f"$ helm {' '.join(arguments)}\n{said}(exit status {process.returncode})")
         if process.returncode:
@@ -199,15 +211,20 @@ def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
-async def _end(process: subprocess.Popen[bytes], talk: "asyncio.Future[Any]") -> None:
-    """Let a call end by itself; then ask it to; then make it."""
-    for number in (None, signal.SIGINT, signal.SIGKILL):
-        if number is not None:
+def _talk(process: subprocess.Popen[bytes], left: threading.Event) -> tuple[bytes, bytes]:
+    """Take what a call says; once it is left, let it end by itself, then ask it to, then make it."""
+    numbers, deadline = [signal.SIGINT, signal.SIGKILL], math.inf
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=POLL_SECONDS)
+        if left.is_set() and deadline == math.inf:
+            deadline = time.monotonic() + STOP_SECONDS
+        if time.monotonic() > deadline:
+            if not numbers:
+                return b"", b""  # what holds its output open is no longer of its session
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)  # with it what gives it credentials, which holds its output open
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(talk), STOP_SECONDS)
-            return
+                os.killpg(process.pid, numbers.pop(0))  # with it what gives it credentials, which holds its output open
+            deadline = time.monotonic() + STOP_SECONDS
 
 
 def _failure(arguments: Sequence[str], said: str) -> HelmError:

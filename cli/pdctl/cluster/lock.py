@@ -18,6 +18,7 @@ from pdctl.podstate.state import seconds
 NAME = "pdctl"
 LASTS = 15  # seconds after which a lock that is not renewed is free
 RENEW = 5.0
+GIVE_BACK_SECONDS = 5.0  # it ends by itself
 CONFLICT = 409
 
 
@@ -76,6 +77,25 @@ async def _take(cluster: Cluster, namespace: str, verb: str, say: Callable[[str]
         await asyncio.sleep(0.5)
 
 
+async def _ours(cluster: Cluster, namespace: str) -> str | None:
+    """Give the version of our lock as it is now; None when it is gone, or somebody else's."""
+    there = await cluster.find(paths.namespaced("leases", namespace, NAME))
+    if there is None or there["spec"].get("holderIdentity") != _who():
+        return None
+    return str(there["metadata"]["resourceVersion"])
+
+
+async def _renewed(cluster: Cluster, namespace: str, verb: str, version: str) -> str | None:
+    """Renew our lock and give its version; None when it is lost."""
+    try:
+        told = await cluster.replace(paths.namespaced("leases", namespace, NAME), _lease(namespace, verb, version))
+    except ApiError as error:
+        if error.status not in (404, CONFLICT):
+            raise
+        return await _ours(cluster, namespace)  # ours when the answer to an earlier renewal did not arrive
+    return str(told["metadata"]["resourceVersion"])
+
+
 @contextlib.asynccontextmanager
 async def locked(
     cluster: Cluster, namespace: str, verb: str, say: Callable[[str], None] = lambda text: None
@@ -90,15 +110,14 @@ async def locked(
         yield
         return
     held = await _take(cluster, namespace, verb, say)
-    one = paths.namespaced("leases", namespace, NAME)
 
     async def renew() -> None:
-        version = held["metadata"]["resourceVersion"]
-        while True:
+        version: str | None = held["metadata"]["resourceVersion"]
+        while version is not None:
             await asyncio.sleep(RENEW)
             with contextlib.suppress(ApiError, Unreachable):  # the next time, perhaps; it lasts a while
-                told = await cluster.replace(one, _lease(namespace, verb, version))
-                version = told["metadata"]["resourceVersion"]
+                version = await _renewed(cluster, namespace, verb, version)
+        say(f"the lock of {namespace} is lost: another pdctl may change the same at once")
 
     renewal = asyncio.ensure_future(renew())
     try:
@@ -107,5 +126,7 @@ async def locked(
         renewal.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await renewal
-        with contextlib.suppress(ApiError, Unreachable):  # it ends by itself
-            await cluster.delete(one)
+        with contextlib.suppress(ApiError, Unreachable, TimeoutError):
+            async with asyncio.timeout(GIVE_BACK_SECONDS):
+                if (version := await _ours(cluster, namespace)) is not None:
+                    await cluster.delete(paths.namespaced("leases", namespace, NAME), version)

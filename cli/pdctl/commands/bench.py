@@ -14,6 +14,7 @@ from pdctl.bench.measure import Client, measure, warnings
 from pdctl.bench.repeats import spread
 from pdctl.bench.result import table
 from pdctl.bench.workload import Workload
+from pdctl.cluster.detached import GoneError
 from pdctl.commands import loads
 from pdctl.commands.loads import client_of, slos_of, workload_of
 from pdctl.commands.options import Context, Json, Name, Namespace
@@ -165,7 +166,12 @@ def _within(run: Run, target: KubernetesTarget, tokenizer: str | None) -> None:
     with interruptible():
         try:
             in_pod.start(run, target, tokenizer, say)
-        except BaseException:
+        except KeyboardInterrupt:
+            if run.away:  # it may have been started
+                raise _goes_on(run) from None
+            run.end("failed")
+            raise
+        except BaseException:  # refused: nothing runs there
             run.end("failed")
             raise
     _follow(run, target)
@@ -177,15 +183,22 @@ def _follow(run: Run, target: KubernetesTarget) -> None:
         try:
             in_pod.follow(run, target, on_progress, say)
         except KeyboardInterrupt:
-            raise PdctlError(
-                f"{run.name} goes on in {run.about['pod']}",
-                f"come back to it: pdctl bench --attach; end it: pdctl runs stop {run.name}",
-                ExitCode.INTERRUPTED,
-            ) from None
-        except BaseException:
+            raise _goes_on(run) from None
+        except (GoneError, vllm.FailedError):
             run.end("failed")
             raise
+        except PdctlError as error:  # whatever it is, what runs there knows nothing of it
+            error.next_step += f"; come back to {run.name}: pdctl bench --attach; end it: pdctl runs stop {run.name}"
+            raise
     run.end("done")
+
+
+def _goes_on(run: Run) -> PdctlError:
+    return PdctlError(
+        f"{run.name} goes on in {run.about['pod']}",
+        f"come back to it: pdctl bench --attach; end it: pdctl runs stop {run.name}",
+        ExitCode.INTERRUPTED,
+    )
 
 
 def _attach(label: str | None, output: Path | None, json: bool) -> None:

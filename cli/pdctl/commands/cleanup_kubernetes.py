@@ -3,7 +3,6 @@
 import asyncio
 import sys
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +13,7 @@ from pdctl.cluster.deploying import take_token
 from pdctl.cluster.helm import Helm, find_helm
 from pdctl.cluster.identity import check_cluster
 from pdctl.cluster.lock import locked
-from pdctl.console import err, out
+from pdctl.console import confirmed, err, out
 from pdctl.errors import ExitCode, PdctlError
 
 PATIENCE = 60.0
@@ -62,7 +61,7 @@ async def _cleanup(namespace: str, context: str | None, delete_namespace: bool, 
                 "move or delete that yourself, or leave --delete-namespace out; nothing was removed",
                 ExitCode.PREFLIGHT,
             )
-        if not yes and sys.stdin.isatty() and not typer.confirm("Remove this?", default=False, err=True):
+        if not yes and sys.stdin.isatty() and not confirmed("Remove this?", default=False):
             raise PdctlError("nothing was removed", f"run pdctl cleanup --namespace {namespace} when you are ready")
         cluster.patience = PATIENCE
         async with locked(cluster, namespace, "cleanup", _say):

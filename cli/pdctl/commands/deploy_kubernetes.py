@@ -6,7 +6,6 @@ import sys
 import time
 from dataclasses import dataclass
 
-import typer
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +16,7 @@ from pdctl.cluster.helm import find_helm
 from pdctl.cluster.observe import Observer
 from pdctl.cluster.releases import Asked, releases
 from pdctl.cluster.screen import checks_table, counts, finding_lines, live, short
-from pdctl.console import err, out, span
+from pdctl.console import confirmed, err, out, span
 from pdctl.errors import ExitCode, PdctlError
 from pdctl.podstate import Finding, Phase, Snapshot, Verdict, Watched
 
@@ -143,7 +142,7 @@ async def _deploy(
         if manner.dry_run:
             out.print("dry run: nothing was changed; pdctl diff shows each line that would change")
             return
-        if not manner.yes and sys.stdin.isatty() and not typer.confirm("Deploy this?", default=True, err=True):
+        if not manner.yes and sys.stdin.isatty() and not confirmed("Deploy this?", default=True):
             raise PdctlError("not deployed; nothing was changed", "run the command again when you are ready")
         state.deploying = under_way = Deploying(made, screen)
         await _carry_out(under_way, made, manner, screen)

@@ -9,6 +9,7 @@ import orjson
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pdctl.cluster.api import ApiError, Unreachable
 from pdctl.commands.loads import Label
 from pdctl.commands.options import Context, Json, Name, Namespace
 from pdctl.console import err, out, print_json
@@ -125,6 +126,12 @@ def eval_(
                 f"go on with pdctl eval --resume {run.name}",
                 ExitCode.INTERRUPTED,
             ) from None
+        except (ApiError, Unreachable) as error:
+            if run.away:  # the Job knows nothing of it
+                error.next_step += f"; go on with pdctl eval --resume {run.name}; end it: pdctl runs stop {run.name}"
+            else:
+                run.end("failed")
+            raise
         except BaseException:
             run.end("failed")
             raise

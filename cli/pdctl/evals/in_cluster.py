@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from pdctl.cluster.api import ApiError, Unreachable
 from pdctl.cluster.beside import labels, object_name
 from pdctl.cluster.detached import Detached, GoneError, Look, command
 from pdctl.errors import ExitCode, PdctlError
@@ -187,6 +188,8 @@ def follow(run: Run, target: KubernetesTarget, on_told: Callable[[Told], None], 
                     raise
                 tell(f"{gone.cause}; the Job starts another one, which begins anew")
                 (run.folder / ANSWERS).unlink(missing_ok=True)
+    except (ApiError, Unreachable):
+        raise  # the Job knows nothing of it, and goes on
     except PdctlError:
         take(run, target)
         raise
