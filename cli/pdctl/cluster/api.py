@@ -8,6 +8,7 @@ import asyncio
 import atexit
 import contextlib
 import shutil
+import socket
 import tempfile
 import time
 import warnings
@@ -33,6 +34,7 @@ LOGIN_SECONDS, QUIET_SECONDS = 60.0, 3.0  # for a program of the kubeconfig that
 PAGE = 500
 # Stream resets and half-open connections come with an API server that is restarted or a tunnel that breaks.
 _OUTAGES = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError)
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 _BUSY = (429, 502, 503, 504)
 
 
@@ -166,7 +168,7 @@ class Cluster:
             base_url=auth.server, headers=headers, verify=verify, proxy=auth.proxy,
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
-            event_hooks={"response": [_read_refusal]},
+            event_hooks={"response": [_keep_alive, _read_refusal]},
         )  # fmt: skip
 
     async def close(self) -> None:
@@ -333,12 +335,17 @@ class Cluster:
         path = f"/api/v1/namespaces/{namespace}/pods/{pod}/log"
         timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
         with contextlib.suppress(*_OUTAGES):
-            async with self.client.stream(
-                "GET", path, params={"follow": "true", **query}, timeout=timeout, extensions=self.extensions
-            ) as response:
-                if response.status_code == 200:
-                    async for line in response.aiter_lines():
-                        yield line
+            for _ in range(2):
+                client = self.client
+                async with client.stream(
+                    "GET", path, params={"follow": "true", **query}, timeout=timeout, extensions=self.extensions
+                ) as response:
+                    if response.status_code == 200:
+                        async for line in response.aiter_lines():
+                            yield line
+                    if response.status_code != 401:
+                        return
+                await self._renew(client)
 
     @contextlib.asynccontextmanager
     async def websocket(
@@ -387,6 +394,17 @@ class Cluster:
         if isinstance(error, (httpx_ws.HTTPXWSException, ProtocolError)):
             return Unreachable(self.server, "the connection broke")
         return Unreachable(self.server, _why(error)) if isinstance(error, httpx.HTTPError) else error
+
+
+async def _keep_alive(response: httpx.Response) -> None:
+    """Have the system find out when the other end of a connection is gone: streams may say nothing for hours."""
+    connection = response.extensions["network_stream"].get_extra_info("socket")
+    if connection is None:  # TLS within a proxy's TLS does not tell
+        return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE.items():
+        if hasattr(socket, name):  # not on every system
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 async def _read_refusal(response: httpx.Response) -> None:
