@@ -1,5 +1,6 @@
 """Work that goes on in a pod whatever becomes of the connection; here the pod is this machine."""
 
+import contextlib
 import json
 import os
 import signal
@@ -48,6 +49,15 @@ def goes_on(work: Detached) -> bool:
     except PdctlError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def killed(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """See to it that a test that fails does not wait for what it started."""
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 def running(work: Detached) -> list[psutil.Process]:
@@ -124,13 +134,13 @@ def test_a_container_that_is_restarted_goes_on_where_it_was(work: Detached, tmp_
     wait = "import pathlib, time\nwhile not pathlib.Path('go').exists(): time.sleep(0.02)"
     commands = [[*PYTHON, "print('first')"], [*PYTHON, wait], [*PYTHON, "print('last')"]]
     asked = [sys.executable, *command("stay", work.name, commands)[1:]]
-    with subprocess.Popen(asked) as first:
-        until(lambda: running(work), 20, "the second command runs")
+    with subprocess.Popen(asked) as first, killed(first):
+        until(lambda: goes_on(work) and work.look().statuses == (0,) and running(work), 20, "the second command runs")
         first.kill()
         for process in running(work):
             process.kill()
     until(lambda: not running(work), 20, "nothing runs")
-    with subprocess.Popen(asked, stdout=subprocess.PIPE) as again:
+    with subprocess.Popen(asked, stdout=subprocess.PIPE) as again, killed(again):
         until(lambda: goes_on(work), 20, "it runs again")
         (tmp_path / "pdctl" / work.name / "go").touch()
         end = work.follow(lambda look: None)
