@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import orjson
@@ -23,10 +24,17 @@ NOT_RUN = 127  # exit status of what cannot be run, as shells have it
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent is gone; for `preexec_fn`."""
-    with contextlib.suppress(OSError, AttributeError):  # only Linux has it
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent() -> Callable[[], None]:
+    """Give the `preexec_fn` by which the kernel kills a new process when this one is gone."""
+    parent = os.getpid()
+
+    def bind() -> None:
+        with contextlib.suppress(OSError, AttributeError):  # only Linux has it
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # gone before the kernel knew
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return bind
 
 
 def _start(deployment: Deployment, members: list[Member]) -> dict[str, subprocess.Popen[bytes]]:
@@ -40,7 +48,7 @@ def _start(deployment: Deployment, members: list[Member]) -> dict[str, subproces
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    preexec_fn=die_with_parent,  # noqa: PLW1509 the supervisor has one thread
+                    preexec_fn=die_with_parent(),  # noqa: PLW1509 the supervisor has one thread
                 )
             except OSError as error:
                 log.write(f"{error}\n".encode())

@@ -110,7 +110,7 @@ def _started(member: Member, logs: Path) -> subprocess.Popen[bytes]:
     with (logs / f"{member.name}.log").open("ab") as file:
         return subprocess.Popen(
             member.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=die_with_parent,  # noqa: PLW1509 no thread of ours holds a lock here
+            preexec_fn=die_with_parent(),  # noqa: PLW1509 no thread of ours holds a lock here
         )  # fmt: skip
 
 
