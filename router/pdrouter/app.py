@@ -25,6 +25,7 @@ from pdrouter.fleet.stall import Stall
 from pdrouter.handoff.admission import Admission
 from pdrouter.handoff.canary import Canary
 from pdrouter.handoff.desk import Desk, Rules
+from pdrouter.handoff.overdue import Overdue
 from pdrouter.observe import described
 from pdrouter.observe.decisions import Decisions
 from pdrouter.observe.described import Described
@@ -96,6 +97,8 @@ class Router:
         authorization = f"authorization: Bearer {settings.api_key}\r\n".encode() if settings.api_key else b""
         self._canary = Canary(self.desk, settings.canary_interval_secs, authorization)
         self._stall = Stall(loop, self.fleet, self.pool, settings.stall_timeout_secs)
+        desk = self.desk
+        self._overdue = Overdue(loop, self.pool, desk.ledger, desk.edges, desk.lease)
         self._health = Health(self.fleet, self.pool, settings.health_interval_secs, _HEALTH_TIMEOUT, settings.api_key)
         self._scrape = Scrape(self.pool, settings.scrape_interval_secs, self.rows) if scrapes and first else None
         self._certificate = None
@@ -202,6 +205,7 @@ class Router:
             self._certificate.close()
         self._health.stop()
         self._stall.close()
+        self._overdue.close()
         self._canary.close()
         if self._scrape is not None:
             self._scrape.stop()

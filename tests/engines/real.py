@@ -16,10 +16,12 @@ from support.processes import Process, new_address, until
 
 STARTS = 600  # seconds within which engines are up, on two busy cores
 BLOCK = 128
+LONGEST = 16384  # tokens of a request: half a minute of decoding on a quick machine
 # Steps of 128 tokens on all engines: a prompt's prefill takes a while and can be met half done, and one engine alone
 # computes with the same shapes as two.
 COMMON = (
-    "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--block-size", str(BLOCK),
+    "--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK),
+    "--max-model-len", str(LONGEST), "--hf-overrides", json.dumps({"max_position_embeddings": LONGEST}),
     "--max-num-batched-tokens", "128", "--max-num-seqs", "8", "--distributed-executor-backend", "uni",
 )  # fmt: skip
 ENVIRONMENT = {

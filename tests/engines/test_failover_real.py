@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engines.asking import chat, fresh, ids, text
-from engines.real import BLOCK, STARTS, Engines, Installation, RealEngine
+from engines.real import BLOCK, LONGEST, STARTS, Engines, Installation, RealEngine
 from engines.relay import Cuts, Relay
 from support.answers import told
 from support.processes import Process, router, until
@@ -31,7 +31,7 @@ Measured = Callable[[str], None]
 @pytest.fixture(scope="module")
 def hasty_engine(installation: Installation) -> Iterator[RealEngine]:
     """A second prefill engine, with a short lease and few blocks, which it soon uses again."""
-    made = installation.engine("prefill", "--num-gpu-blocks-override", "24", lease=LEASE)
+    made = installation.engine("prefill", "--num-gpu-blocks-override", "24", "--max-model-len", "2048", lease=LEASE)
     try:
         yield made.start().up()
     finally:
@@ -184,6 +184,12 @@ class Visitor:
         self.socket = socket.create_connection((host, int(port)), 10)
         self.socket.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
 
+    def begun(self) -> None:
+        """Wait until the first of the answer is there."""
+        self.socket.settimeout(60)
+        first = self.socket.recv(4096)
+        assert first.startswith(b"HTTP/1.1 200 "), first
+
     def close(self) -> None:
         self.socket.close()
 
@@ -222,8 +228,11 @@ def test_clients_that_leave_in_the_middle_of_a_stream_leave_nothing_running(
     engines: Engines, measured: Measured
 ) -> None:
     with router([engines.prefill], engines.decodes) as routed:
-        visitors = [Visitor(routed, *text(20, max_tokens=1900, ignore_eos=True, stream=True)) for _ in range(4)]
-        until(lambda: sum(one.running for one in engines.decodes) == 4, 60, "all are decoded")
+        endless: dict[str, Any] = {"max_tokens": LONGEST - 100, "ignore_eos": True, "stream": True}
+        visitors = [Visitor(routed, *text(20, **endless)) for _ in range(4)]
+        for visitor in visitors:
+            visitor.begun()
+        assert sum(one.running for one in engines.decodes) == len(visitors), "a stream ended too soon to be left"
         for visitor in visitors:
             visitor.close()
         free_after(engines, engines.prefill, "4 clients left in the middle of a stream", measured)
@@ -303,7 +312,7 @@ def test_the_only_decode_engine_killed_between_the_legs_and_restarted_serves_the
 def test_a_decode_engine_killed_in_the_middle_of_streams_costs_nothing_but_time(
     engines: Engines, pool: ThreadPoolExecutor, measured: Measured
 ) -> None:
-    fields: dict[str, Any] = {"max_tokens": 1000, "ignore_eos": True, "stream": True, "user": "streams"} | USAGE
+    fields: dict[str, Any] = {"max_tokens": 2000, "ignore_eos": True, "stream": True, "user": "streams"} | USAGE
     requests = [maker(40, **fields) for maker in (text, chat, text, chat)]
     with router([engines.prefill], engines.decodes, *PATIENCE) as routed:
         victim = serving(routed, engines, "streams")

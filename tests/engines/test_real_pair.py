@@ -4,14 +4,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
 import pytest
 
 from engines.asking import chat, fresh, ids, text
-from engines.real import BLOCK, STARTS, Engines, Installation, RealEngine
+from engines.real import BLOCK, LONGEST, STARTS, Engines, Installation, RealEngine
 from support.answers import told
 from support.processes import Process, router, until
 from support.requests import COMPLETIONS, WANT_TICKET, completion
@@ -136,7 +136,7 @@ LEASE = 6  # seconds; the tenth below it that the router keeps is its own matter
 @pytest.fixture
 def hasty(installation: Installation) -> Iterator[RealEngine]:
     """A prefill engine with a short lease and few blocks, which it soon uses again."""
-    made = installation.engine("prefill", "--num-gpu-blocks-override", "24", lease=LEASE)
+    made = installation.engine("prefill", "--num-gpu-blocks-override", "24", "--max-model-len", "2048", lease=LEASE)
     try:
         yield made.start().up()
     finally:
@@ -153,46 +153,38 @@ def test_requests_that_wait_in_decode_for_longer_than_the_lease_get_the_right_te
         routed = stack.enter_context(router([hasty], [decode], "--kv-lease-seconds", str(LEASE)))
         pool = stack.enter_context(ThreadPoolExecutor(len(bodies)))
         hasty.post(COMPLETIONS, completion(fresh(200), max_tokens=1), timeout=200)  # an engine's first takes seconds
-        with busy(decode, 8, behind=48):  # seven times 1900 tokens before any of ours gets a seat
+        with busy(decode, 8):
             asked = [pool.submit(routed.post, COMPLETIONS, body, timeout=200) for body in bodies]
-            all_wait = 48 + len(bodies)
-            until(lambda: decode.metric("vllm:num_requests_waiting") == all_wait, 60, "all wait in decode")
+            until(lambda: decode.metric("vllm:num_requests_waiting") == len(bodies), 60, "all wait in decode")
             issued = time.monotonic()
             while time.monotonic() < issued + 2 * LEASE:
                 # whatever is no longer held is overwritten
                 hasty.post(COMPLETIONS, completion(fresh(400), max_tokens=1), timeout=200)
             assert not any(one.done() for one in asked), "a seat was free before the leases could end"
         answers = [one.result() for one in asked]
+    assert hasty.metric("vllm:nixl_num_kv_expired_reqs_total") == expired, "heartbeats kept the leases"
     for body, answer in zip(bodies, answers, strict=True):
         assert told(answer) == told(engines.plain.post(COMPLETIONS, body, timeout=200))
-    assert hasty.metric("vllm:nixl_num_kv_expired_reqs_total") == expired, "heartbeats kept the leases"
 
 
-class busy:  # noqa: N801 read as `with busy(engine, 8, behind=2)`
-    """Keeps all seats of an engine's running batch taken, with others that wait for one."""
+@contextmanager
+def busy(engine: RealEngine, seats: int) -> Iterator[None]:
+    """Keep all seats of an engine's running batch taken, by streams that outlast the block."""
+    over = threading.Event()
 
-    def __init__(self, engine: RealEngine, seats: int, behind: int) -> None:
-        self._engine = engine
-        self._seats = seats
-        self._behind = behind
-        self._over = threading.Event()
+    def sit() -> None:
+        body = completion(fresh(5), max_tokens=LONGEST - 100, ignore_eos=True, stream=True)
+        with httpx.stream("POST", engine.url + COMPLETIONS, json=body, timeout=200) as answer:
+            for _ in answer.iter_lines():
+                if over.is_set():
+                    break
 
-    def __enter__(self) -> None:
-        self._threads = [threading.Thread(target=self._sit) for _ in range(self._seats + self._behind)]
-        for thread in self._threads:
-            thread.start()
-        until(lambda: self._engine.running == self._seats, 60, "all seats are taken")
-        until(lambda: self._engine.metric("vllm:num_requests_waiting") == self._behind, 60, "the others wait")
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _sit(self) -> None:
-        body = completion(fresh(5), max_tokens=1900, ignore_eos=True, stream=True)
-        while not self._over.is_set():
-            with httpx.stream("POST", self._engine.url + COMPLETIONS, json=body, timeout=200) as answer:
-                for _ in answer.iter_lines():
-                    if self._over.is_set():
-                        break
+    with ThreadPoolExecutor(seats) as pool:
+        sitting = [pool.submit(sit) for _ in range(seats)]
+        try:
+            until(lambda: engine.running == seats, 60, "all seats are taken")
+            yield
+        finally:
+            over.set()
+    for one in sitting:
+        one.result()

@@ -149,7 +149,8 @@ class FakeEngine:
     `version` and `blocks` (of `block_size` tokens) are told where they are set. Requests of the router's own have no
     request id: `released` has those that give a ticket back, `probe` answers its canaries. With a `key`, whoever
     does not tell it is turned away before anything of the request is looked at, as vLLM does with `--api-key`.
-    `generated` is what its metrics say of its tokens, where that is set.
+    `generated` is what its metrics say of its tokens, where that is set; `counts` what they say besides, by name, and
+    `looked_at` how often somebody asked.
     """
 
     def __init__(self, behave: Behaviour) -> None:
@@ -162,6 +163,8 @@ class FakeEngine:
         self.silent = False
         self.key = ""
         self.generated: int | None = None
+        self.counts: dict[str, float] = {}
+        self.looked_at = 0
         self.turned_away = 0
         self.models = ["tiny"]
         self.adapters: list[str] = []
@@ -241,8 +244,11 @@ class FakeEngine:
             await out.json({"data": [one | limit for one in own] + adapters})
         elif target == "/version" and self.version:
             await out.json({"version": self.version})
-        elif target == "/metrics" and (self.block_size or self.generated is not None):
+        elif target == "/metrics" and (self.block_size or self.counts or self.generated is not None):
+            self.looked_at += 1
             page = "# x\n"
+            for name, value in self.counts.items():
+                page += f'{name}{{engine="0",model_name="tiny"}} {value}\n'
             if self.block_size:
                 told = f'block_size="{self.block_size}",num_gpu_blocks="{self.blocks or 1000}"'
                 page += f"vllm:cache_config_info{{{told}}} 1.0\n"

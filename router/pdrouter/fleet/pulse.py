@@ -5,14 +5,12 @@ them with every step: tokens, steps, or how full the KV cache is while a long pr
 """
 
 from pdrouter.fleet.engine import Engine
+from pdrouter.fleet.page import Page
 from pdrouter.fleet.scrape import values
-from pdrouter.upstream.connection import Headers
-from pdrouter.upstream.errors import UpstreamError
-from pdrouter.upstream.pool import Call, Pool
+from pdrouter.upstream.pool import Pool
 
 _GENERATED = b"vllm:generation_tokens_total"
 _MORE = (b"vllm:prompt_tokens_total", b"vllm:iteration_tokens_total_count", b"vllm:kv_cache_usage_perc")
-_TIMEOUT = 2.0
 
 
 def counters(page: bytes) -> list[float]:
@@ -35,7 +33,7 @@ class Pulse:
     Times are those of the loop, in seconds.
     """
 
-    __slots__ = ("_asked", "_call", "_counters", "_engine", "_every", "_pieces", "_pool", "_since", "_status", "stood")
+    __slots__ = ("_asked", "_counters", "_engine", "_every", "_page", "_pool", "_since", "stood")
 
     def __init__(self, engine: Engine, pool: Pool, every: float) -> None:
         """Prepare.
@@ -49,45 +47,29 @@ class Pulse:
         self._engine = engine
         self._pool = pool
         self._every = every
-        self._call: Call | None = None
+        self._page: Page | None = None
         self._asked = pool.loop.time()
         self._since = 0.0
-        self._status = 0
         self._counters: list[float] = []
-        self._pieces: list[bytes] = []
 
     def look(self, now: float) -> None:
         """Ask, if it is time to; `stood` tells for how long the counters have been seen standing still."""
-        if self._call is not None:
-            if now - self._asked < _TIMEOUT:
-                return
-            self.stop()
-        elif now - self._asked < self._every:
-            return
-        self._asked = now
-        self._pieces.clear()
-        request = b"GET /metrics HTTP/1.1\r\nhost: %b\r\n\r\n" % self._engine.authority
-        self._call = self._pool.call(self._engine, request, self, counted=False)
+        if self._page is None and now - self._asked >= self._every:
+            self._asked = now
+            self._page = Page(self._engine, self._pool, self._heard)
 
     def stop(self) -> None:
         """Wait for no answer."""
-        call, self._call = self._call, None
-        if call is not None:
-            call.abort()
+        if self._page is not None:
+            self._page.stop()
 
-    def head(self, status: int, headers: Headers) -> None:
-        """Take the status."""
-        self._status = status
-
-    def body(self, data: bytes) -> None:
-        """Take a piece."""
-        self._pieces.append(data)
-
-    def end(self) -> None:
-        """Compare with what the counters were."""
-        self._call = None
+    def _heard(self, page: bytes | None) -> None:
+        """Compare with what the counters were; no answer says nothing, and health checks ask why."""
+        self._page = None
+        if page is None:
+            return
         try:
-            told = counters(b"".join(self._pieces)) if self._status == 200 else []
+            told = counters(page)
         except ValueError:
             told = []
         if told and told == self._counters:
@@ -98,7 +80,3 @@ class Pulse:
             self.stood = 0.0
             self._counters = told
             self._since = self._pool.loop.time()
-
-    def failed(self, error: UpstreamError) -> None:
-        """No answer says nothing; whether the engine answers at all is for health checks."""
-        self._call = None

@@ -10,13 +10,11 @@ import re
 from time import monotonic
 
 from pdrouter.fleet.engine import Engine
+from pdrouter.fleet.page import Page
 from pdrouter.fleet.rows import Rows
-from pdrouter.upstream.connection import Headers
-from pdrouter.upstream.errors import UpstreamError
-from pdrouter.upstream.pool import Call, Pool
+from pdrouter.upstream.pool import Pool
 
 _log = logging.getLogger(__name__)
-_TIMEOUT = 2.0
 _BLOCKS = re.compile(rb'num_gpu_blocks="(\d+)"')
 _BLOCK_SIZE = re.compile(rb'[{,]block_size="(\d+)"')
 
@@ -75,62 +73,39 @@ class _Reader:
         self._rows = rows
         self._pool = pool
         self._interval = interval
-        self._request = b"GET /metrics HTTP/1.1\r\nhost: %b\r\n\r\n" % engine.authority
-        self._status = 0
-        self._pieces: list[bytes] = []
-        self._call: Call | None = None
+        self._page: Page | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._told = False
 
     def start(self) -> None:
-        self._pieces.clear()
-        self._call = self._pool.call(self._engine, self._request, self, counted=False)
-        self._timer = self._pool.loop.call_later(_TIMEOUT, self._late)
+        self._page = Page(self._engine, self._pool, self._heard)
 
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        if self._call is not None:
-            self._call.abort()
+        if self._page is not None:
+            self._page.stop()
 
-    def _late(self) -> None:
-        if self._call is not None:
-            self._call.abort()
-        self._again()
+    def _heard(self, page: bytes | None) -> None:
+        """Read the page; when there is none, health checks say why, and `metrics_age` shows it."""
+        if page is not None:
+            self._read(page)
+        self._timer = self._pool.loop.call_later(self._interval, self.start)
 
-    def head(self, status: int, headers: Headers) -> None:
-        """Take the status."""
-        self._status = status
-
-    def body(self, data: bytes) -> None:
-        """Take a piece."""
-        self._pieces.append(data)
-
-    def end(self) -> None:
-        """Read the page."""
+    def _read(self, page: bytes) -> None:
         try:
-            useful = self._status == 200 and read(b"".join(self._pieces), self._engine)
+            useful = read(page, self._engine)
         except ValueError:
             useful = False
         if useful and self._rows is not None:
             self._rows.changed(self._engine)
         if not useful and not self._told:
+            assert self._page is not None
             self._told = True
             _log.warning(
                 "engine=%s its /metrics (status %d) lacks vLLM's load metrics; policies see only what the router "
-                "itself gave it to do", self._engine.url, self._status,
+                "itself gave it to do", self._engine.url, self._page.status,
             )  # fmt: skip
-        self._again()
-
-    def failed(self, error: UpstreamError) -> None:
-        """No answer; health checks say why, and `metrics_age` shows it."""
-        self._again()
-
-    def _again(self) -> None:
-        self._call = None
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._pool.loop.call_later(self._interval, self.start)
 
 
 class Scrape:

@@ -49,7 +49,7 @@ from pdrouter.openai.continuation import IDS_FIELD, why_not
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.legs import decode_leg, encoded, prefill_leg
 from pdrouter.upstream.connection import Headers
-from pdrouter.upstream.errors import ConnectError, StalledError, TooLateError, UpstreamError
+from pdrouter.upstream.errors import ConnectError, LeaseEndedError, StalledError, TooLateError, UpstreamError
 from pdrouter.upstream.pool import Call
 
 
@@ -543,7 +543,9 @@ class Pair(Handoff):
         self._break_off()
         if self.state is State.SETTLED:
             return
-        if isinstance(error, TooLateError):
+        if isinstance(error, TooLateError | LeaseEndedError):
+            if isinstance(error, LeaseEndedError):
+                self._refused.append(engine)  # it may have fetched and cached what it should not
             self._expired()
             return
         if isinstance(error, OtherStreamError):

@@ -42,6 +42,12 @@ class TooLateError(UpstreamError):
     reason: ClassVar[str] = "too_late"
 
 
+class LeaseEndedError(UpstreamError):
+    """The KV blocks may be gone that a decode engine was to fetch; it is no longer asked."""
+
+    reason: ClassVar[str] = "lease_ended"
+
+
 class StalledError(UpstreamError):
     """The engine keeps its connections open but has sent nothing for too long."""
 

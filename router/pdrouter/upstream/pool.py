@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+from collections.abc import Iterator
 from typing import Protocol, cast
 
 from pdrouter.fleet.engine import Engine
@@ -26,7 +27,7 @@ class Call:
 
     __slots__ = (
         "_connecting", "_connection", "_held", "_pool", "_queued", "_request", "_reused",
-        "began", "counted", "engine", "paused", "perishable", "receiver", "whole",
+        "aborted", "began", "counted", "engine", "paused", "perishable", "receiver", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -36,6 +37,7 @@ class Call:
         self.engine = engine
         self.receiver = receiver
         self.perishable = perishable
+        self.aborted = False
         self.began = False
         self.paused = False
         self.whole = whole
@@ -123,6 +125,7 @@ class Call:
     def abort(self) -> None:
         """Break it off: the receiver hears nothing more, and the engine sees its client go."""
         connection, connecting = self._connection, self._connecting
+        self.aborted = True
         self.over()
         if connection is not None:
             connection.abort()
@@ -197,6 +200,10 @@ class Pool:
         if calls is None:
             calls = self._open[engine] = {}
         return calls
+
+    def perishing(self) -> Iterator[Call]:
+        """Give the counted calls that are not over and carry what perishes."""
+        return (call for calls in self._open.values() for call in calls if call.perishable is not None)
 
     def give_up(self, engine: Engine, error: UpstreamError) -> int:
         """Fail all calls to an engine that does not answer any more; give how many there were."""
