@@ -38,7 +38,8 @@ def installation() -> Installation:
 @pytest.fixture(scope="session")
 def started(installation: Installation) -> Iterator[Engines]:
     make = installation.engine
-    made = Engines(installation, make("prefill"), [make("decode"), make("decode")], make("plain"))
+    decodes = [make("decode", lease=6), make("decode")]  # one keeps short leases, too
+    made = Engines(installation, make("prefill"), decodes, make("plain"))
     try:
         for one in made.all:
             one.start()

@@ -121,11 +121,12 @@ class Installation:
         return int(2 * layers * heads * config["head_dim"] * 4 * BLOCK)
 
     def engine(self, role: str, *flags: str, lease: int = 30) -> RealEngine:
-        """Make an engine, not started; `lease` is a prefill engine's `kv_lease_duration`, seconds."""
+        """Make an engine, not started; `lease` is its `kv_lease_duration`, seconds; decode sends heartbeats by it."""
         host, port = new_address(), {"prefill": 8000, "decode": 8200, "plain": 8300}[role]
         transfer: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_buffer_device": "cpu"}
+        transfer["kv_connector_extra_config"] = {"kv_lease_duration": lease}
         if role == "prefill":
-            transfer |= {"kv_role": "kv_producer", "kv_connector_extra_config": {"kv_lease_duration": lease}}
+            transfer |= {"kv_role": "kv_producer"}
         elif role == "decode":
             transfer |= {"kv_role": "kv_consumer", "kv_load_failure_policy": "recompute"}
         command = [str(self.folder / "venv/bin/vllm"), "serve", str(self.folder / "model")]

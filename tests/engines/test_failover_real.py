@@ -312,7 +312,7 @@ def test_the_only_decode_engine_killed_between_the_legs_and_restarted_serves_the
 def test_a_decode_engine_killed_in_the_middle_of_streams_costs_nothing_but_time(
     engines: Engines, pool: ThreadPoolExecutor, measured: Measured
 ) -> None:
-    fields: dict[str, Any] = {"max_tokens": 2000, "ignore_eos": True, "stream": True, "user": "streams"} | USAGE
+    fields: dict[str, Any] = {"max_tokens": 4000, "ignore_eos": True, "stream": True, "user": "streams"} | USAGE
     requests = [maker(40, **fields) for maker in (text, chat, text, chat)]
     with router([engines.prefill], engines.decodes, *PATIENCE) as routed:
         victim = serving(routed, engines, "streams")

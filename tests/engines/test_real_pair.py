@@ -143,12 +143,17 @@ def hasty(installation: Installation) -> Iterator[RealEngine]:
         made.stop()
 
 
-def test_requests_that_wait_in_decode_for_longer_than_the_lease_get_the_right_text(
-    engines: Engines, hasty: RealEngine
+@pytest.mark.parametrize("kept", [True, False], ids=["kept by heartbeats", "of which heartbeats come too late"])
+def test_requests_that_wait_in_decode_for_longer_than_a_lease_get_the_right_text(
+    engines: Engines, hasty: RealEngine, kept: bool
 ) -> None:
-    decode = engines.decodes[0]
+    decode = engines.decodes[0 if kept else 1]
     bodies = [completion(fresh(200)) for _ in range(4)]
-    expired = hasty.metric("vllm:nixl_num_kv_expired_reqs_total")
+
+    def ended() -> float:
+        return hasty.metric("vllm:nixl_num_kv_expired_reqs_total")
+
+    before = ended()
     with ExitStack() as stack:
         routed = stack.enter_context(router([hasty], [decode], "--kv-lease-seconds", str(LEASE)))
         pool = stack.enter_context(ThreadPoolExecutor(len(bodies)))
@@ -157,14 +162,19 @@ def test_requests_that_wait_in_decode_for_longer_than_the_lease_get_the_right_te
             asked = [pool.submit(routed.post, COMPLETIONS, body, timeout=200) for body in bodies]
             until(lambda: decode.metric("vllm:num_requests_waiting") == len(bodies), 60, "all wait in decode")
             issued = time.monotonic()
-            while time.monotonic() < issued + 2 * LEASE:
-                # whatever is no longer held is overwritten
-                hasty.post(COMPLETIONS, completion(fresh(400), max_tokens=1), timeout=200)
+            while time.monotonic() < issued + (2 if kept else 4) * LEASE and (kept or ended() == before):
+                overwrite(hasty)
+            overwrite(hasty)
             assert not any(one.done() for one in asked), "a seat was free before the leases could end"
+            assert (ended() == before) is kept
         answers = [one.result() for one in asked]
-    assert hasty.metric("vllm:nixl_num_kv_expired_reqs_total") == expired, "heartbeats kept the leases"
     for body, answer in zip(bodies, answers, strict=True):
         assert told(answer) == told(engines.plain.post(COMPLETIONS, body, timeout=200))
+
+
+def overwrite(prefill: RealEngine) -> None:
+    """Let another prompt take blocks that nobody holds."""
+    prefill.post(COMPLETIONS, completion(fresh(400), max_tokens=1), timeout=200)
 
 
 @contextmanager
