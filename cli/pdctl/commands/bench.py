@@ -21,7 +21,6 @@ from pdctl.commands.options import Context, Json, Name, Namespace
 from pdctl.commands.progress import counted
 from pdctl.console import err, out, print_json
 from pdctl.errors import ExitCode, PdctlError, check_writable, writing
-from pdctl.interrupt import interruptible
 from pdctl.runs import Run, Store
 from pdctl.runs.setting import Place, command, machine, placed, versions
 from pdctl.targets import KubernetesTarget, Target
@@ -122,16 +121,15 @@ def bench(
         judge(told, place)
         return
     interrupted = False
-    with interruptible():
-        try:
-            for repeat in range(repeats):
-                once(run, workload, place, repeat, client_of(processes, trace, not emptied), client, tokenizer)
-        except KeyboardInterrupt:
-            interrupted = True
-        except BaseException:
-            run.end("failed")
-            raise
-        run.end("partial" if interrupted else "done")
+    try:
+        for repeat in range(repeats):
+            once(run, workload, place, repeat, client_of(processes, trace, not emptied), client, tokenizer)
+    except KeyboardInterrupt:
+        interrupted = True
+    except BaseException:
+        run.end("failed")
+        raise
+    run.end("partial" if interrupted else "done")
     told = _finish(run, output, json)
     if interrupted:
         raise PdctlError(
@@ -163,23 +161,22 @@ def _finish(run: Run, output: Path | None, json: bool) -> list[dict[str, Any]]:
 
 def _within(run: Run, target: KubernetesTarget, tokenizer: str | None) -> None:
     """Start `vllm bench serve` in an engine's pod and follow it."""
-    with interruptible():
-        try:
-            in_pod.start(run, target, tokenizer, say)
-        except KeyboardInterrupt:
-            if run.away:  # it may have been started
-                raise _goes_on(run) from None
-            run.end("failed")
-            raise
-        except BaseException:  # refused: nothing runs there
-            run.end("failed")
-            raise
+    try:
+        in_pod.start(run, target, tokenizer, say)
+    except KeyboardInterrupt:
+        if run.away:  # it may have been started
+            raise _goes_on(run) from None
+        run.end("failed")
+        raise
+    except BaseException:  # refused: nothing runs there
+        run.end("failed")
+        raise
     _follow(run, target)
 
 
 def _follow(run: Run, target: KubernetesTarget) -> None:
     asked = run.workload.num_prompts * run.about["repeats"]
-    with interruptible(), counted(run.name, asked, f"{run.workload.title()}, within {run.about['pod']}") as on_progress:
+    with counted(run.name, asked, f"{run.workload.title()}, within {run.about['pod']}") as on_progress:
         try:
             in_pod.follow(run, target, on_progress, say)
         except KeyboardInterrupt:

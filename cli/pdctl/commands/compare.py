@@ -29,7 +29,6 @@ from pdctl.compare.told import Comparison, comparison, title
 from pdctl.console import err, out, print_json
 from pdctl.errors import ExitCode, PdctlError, check_writable, writing
 from pdctl.evals import difference as scores
-from pdctl.interrupt import interruptible
 from pdctl.report.write import write
 from pdctl.routers.choice import Choice
 from pdctl.routers.programs import Programs
@@ -146,7 +145,7 @@ def compare(
         )  # fmt: skip
         run = Store().new("compare", label)
     slos = {one.metric: one.milliseconds for one in slos_of(slo)} if resume is None else run.about["slos"]
-    with interruptible(), _keeping(run), _engines(fleet_of) as target:
+    with _keeping(run), _engines(fleet_of) as target:
         if resume is None:
             place = Place(target.router_url, target.model, target, target.settings)
             run.begin(

@@ -19,7 +19,6 @@ from pdctl.evals.evaluate import LM_EVAL, Told, Wish, evaluate
 from pdctl.evals.parity import Parity
 from pdctl.evals.parity import parity as compared
 from pdctl.evals.scores import scores_of, scores_table
-from pdctl.interrupt import interruptible
 from pdctl.report.write import write
 from pdctl.runs import Run, Store
 from pdctl.runs.setting import Place, command, machine, placed, versions
@@ -102,41 +101,40 @@ def eval_(
                 "image": image, **place.told(),
             }
         )  # fmt: skip
-    with interruptible():
-        try:
-            if resume is not None:
-                run.resume()
-            told = _evaluated(run, "", wish, place, inside, image)
-            alone = None
-            if against is not None:
-                _evaluated(run, "alone-", wish, Place(against, place.model, served=place.served))
-                alone = compared(run.lines("answers.jsonl"), run.lines("alone-answers.jsonl"))
-                (run.folder / "parity.json").write_bytes(orjson.dumps(alone.told()))
-        except KeyboardInterrupt:
-            answered = sum(1 for _ in run.lines("answers.jsonl"))
-            if run.away:
-                raise PdctlError(
-                    f"{run.name} goes on in the cluster; {answered} answers were fetched",
-                    f"come back to it: pdctl eval --resume {run.name}; end it: pdctl runs stop {run.name}",
-                    ExitCode.INTERRUPTED,
-                ) from None
-            run.end("partial")
+    try:
+        if resume is not None:
+            run.resume()
+        told = _evaluated(run, "", wish, place, inside, image)
+        alone = None
+        if against is not None:
+            _evaluated(run, "alone-", wish, Place(against, place.model, served=place.served))
+            alone = compared(run.lines("answers.jsonl"), run.lines("alone-answers.jsonl"))
+            (run.folder / "parity.json").write_bytes(orjson.dumps(alone.told()))
+    except KeyboardInterrupt:
+        answered = sum(1 for _ in run.lines("answers.jsonl"))
+        if run.away:
             raise PdctlError(
-                f"interrupted after {answered} answers; they are kept and not asked again",
-                f"go on with pdctl eval --resume {run.name}",
+                f"{run.name} goes on in the cluster; {answered} answers were fetched",
+                f"come back to it: pdctl eval --resume {run.name}; end it: pdctl runs stop {run.name}",
                 ExitCode.INTERRUPTED,
             ) from None
-        except (ApiError, Unreachable) as error:
-            if run.away:  # the Job knows nothing of it
-                error.next_step += f"; go on with pdctl eval --resume {run.name}; end it: pdctl runs stop {run.name}"
-            else:
-                run.end("failed")
-            raise
-        except BaseException:
+        run.end("partial")
+        raise PdctlError(
+            f"interrupted after {answered} answers; they are kept and not asked again",
+            f"go on with pdctl eval --resume {run.name}",
+            ExitCode.INTERRUPTED,
+        ) from None
+    except (ApiError, Unreachable) as error:
+        if run.away:  # the Job knows nothing of it
+            error.next_step += f"; go on with pdctl eval --resume {run.name}; end it: pdctl runs stop {run.name}"
+        else:
             run.end("failed")
-            raise
-        found = _doubts(run, told)
-        run.end("done", warnings=found)
+        raise
+    except BaseException:
+        run.end("failed")
+        raise
+    found = _doubts(run, told)
+    run.end("done", warnings=found)
     _show(run, told, found, alone, json)
 
 

@@ -8,7 +8,6 @@ import typer
 from pdctl.commands.options import Context, Name, Namespace
 from pdctl.console import err, out
 from pdctl.errors import ExitCode, PdctlError
-from pdctl.interrupt import interruptible
 from pdctl.routers.choice import read
 from pdctl.routers.programs import Programs
 from pdctl.targets import find
@@ -50,8 +49,7 @@ def switch(
     try:
         before = target.router
         try:
-            with interruptible():
-                target.switch(wanted, Programs(llm_d_epp, llm_d_sidecar, tuple(sets or ())), timeout, _tell)
+            target.switch(wanted, Programs(llm_d_epp, llm_d_sidecar, tuple(sets or ())), timeout, _tell)
         except KeyboardInterrupt:
             raise PdctlError(
                 "interrupted; one router serves, the old one unless the other had been told to take over",

@@ -22,7 +22,6 @@ from pdctl.compare.contender import standing
 from pdctl.compare.live import fleet, place_of
 from pdctl.console import err, out, print_json
 from pdctl.errors import ExitCode, PdctlError
-from pdctl.interrupt import interruptible
 from pdctl.report.write import write
 from pdctl.routers.choice import Choice
 from pdctl.runs import Run, Store
@@ -103,23 +102,22 @@ def sweep(
                     "caches_reset": not keep_caches,
                 }
             )
-    with interruptible():
-        try:
-            if resume is not None:
-                run.resume()
-            _measure(run, plan, ground, workload, processes, keep_caches)
-        except KeyboardInterrupt:
-            run.end("partial")
-            raise PdctlError(
-                f"interrupted; {sum(len(point.finished) for point in run.points)} of "
-                f"{len(plan.points) * plan.repeats} points are kept",
-                f"go on with pdctl sweep --resume {run.name}",
-                ExitCode.INTERRUPTED,
-            ) from None
-        except BaseException:
-            run.end("failed")
-            raise
-        run.end("done")
+    try:
+        if resume is not None:
+            run.resume()
+        _measure(run, plan, ground, workload, processes, keep_caches)
+    except KeyboardInterrupt:
+        run.end("partial")
+        raise PdctlError(
+            f"interrupted; {sum(len(point.finished) for point in run.points)} of "
+            f"{len(plan.points) * plan.repeats} points are kept",
+            f"go on with pdctl sweep --resume {run.name}",
+            ExitCode.INTERRUPTED,
+        ) from None
+    except BaseException:
+        run.end("failed")
+        raise
+    run.end("done")
     _show(run, plan, json)
     failed = sum(told["failed"] for point in run.points for told in point.results())
     if failed:
