@@ -176,6 +176,22 @@ async def leave(bed: Bed, body: dict[str, Any], when: Any, **headers: str) -> No
     await writer.wait_closed()
 
 
+def slow_to_connect(bed: Bed, seconds: float) -> list[Any]:
+    """Let the next connection to decode take so long; it is in the list then."""
+    pool = bed.router.pool
+    connects, late = pool.connect, []
+
+    async def connect(call: Any) -> None:
+        if call.engine.role == "decode" and not late:
+            late.append(call)
+            await asyncio.sleep(seconds)
+        await connects(call)
+
+    pool.connect = connect  # type: ignore[method-assign]
+    pool._idle.clear()
+    return late
+
+
 def undisturbed(path: str, body: dict[str, Any], request_id: str) -> Heard:
     return heard(b"".join(answer(path, body, request_id)))
 
@@ -1056,17 +1072,7 @@ def test_a_client_that_leaves_between_the_legs_gives_its_ticket_back_at_once() -
     async def main() -> None:
         async with fleet(1, 1) as bed:
             await bed.complete()
-            pool = bed.router.pool
-            connects, held = pool.connect, []
-
-            async def connect(call: Any) -> None:
-                if call.engine.role == "decode" and not held:
-                    held.append(call)
-                    await asyncio.sleep(60)
-                await connects(call)
-
-            pool.connect = connect  # type: ignore[method-assign]
-            pool._idle.clear()
+            held = slow_to_connect(bed, 60)
             await leave(bed, {}, lambda: held)
             await until(lambda: given_back(bed), "it is given back")
             assert len(bed.decode.seen) == 1
@@ -1106,17 +1112,7 @@ def test_a_client_that_leaves_while_it_waits_leaves_no_trace() -> None:
 def test_a_ticket_near_the_end_of_its_lease_is_replaced_by_the_engine_that_has_the_prompt_cached() -> None:
     async def main() -> None:
         async with fleet(2, 1, kv_lease_seconds=0.2) as bed:
-            pool = bed.router.pool
-            connects, late = pool.connect, []
-
-            async def slow(call: Any) -> None:
-                if call.engine.role == "decode" and not late:
-                    late.append(call)
-                    await asyncio.sleep(0.3)
-                await connects(call)
-
-            pool.connect = slow  # type: ignore[method-assign]
-            pool._idle.clear()
+            slow_to_connect(bed, 0.3)
             assert (await bed.complete()).status == 200
             assert sorted(len(one.seen) for one in bed.prefills) == [0, 2]
             assert len(bed.decode.seen) == 1
