@@ -97,8 +97,7 @@ class Router:
         authorization = f"authorization: Bearer {settings.api_key}\r\n".encode() if settings.api_key else b""
         self._canary = Canary(self.desk, settings.canary_interval_secs, authorization)
         self._stall = Stall(loop, self.fleet, self.pool, settings.stall_timeout_secs)
-        desk = self.desk
-        self._overdue = Overdue(loop, self.pool, desk.ledger, desk.edges, desk.lease)
+        self._overdue = Overdue(loop, self.pool, settings.kv_lease_seconds)
         self._health = Health(self.fleet, self.pool, settings.health_interval_secs, _HEALTH_TIMEOUT, settings.api_key)
         self._scrape = Scrape(self.pool, settings.scrape_interval_secs, self.rows) if scrapes and first else None
         self._certificate = None

@@ -24,7 +24,7 @@ from support.requests import COMPLETIONS, completion
 pytestmark = pytest.mark.timeout(2 * STARTS + 300)
 LONG = 1000  # words: a prompt of some 1,500 tokens, a dozen steps
 LEASE = 6  # seconds, of the hasty prefill engine
-PATIENCE = ("--request-timeout-secs", "280")
+PATIENCE = ("--request-timeout-secs", "280", "--queue-timeout-secs", "270")
 Measured = Callable[[str], None]
 
 

@@ -1,6 +1,8 @@
 """A request that decode has queued for about a lease gets no text of KV blocks that are gone."""
 
 import asyncio
+import gc
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ import pytest
 
 from router.fakes import Answer, Bed, Out, Seen, answer_to, run, until
 from router.generation import heard
-from router.test_failover import COMPLETIONS, ended, fleet, generate, quiet, seen_by, undisturbed
+from router.test_failover import COMPLETIONS, ended, fleet, generate, quiet, seen_by, stand_still, undisturbed
 
 LEASE = 1.5  # seconds
 ENDED = "vllm:nixl_num_kv_expired_reqs_total"
@@ -131,27 +133,162 @@ def test_a_request_that_waits_for_longer_than_a_lease_that_is_kept_is_prefilled_
     run(main)
 
 
+def busy(bed: Bed, waiting: float) -> None:
+    """Let decode engines tell that they work, and how many requests wait there."""
+    for decode in bed.decodes:
+        decode.generated = (decode.generated or 0) + 1
+        decode.counts = {WAITING: waiting}
+
+
+def in_doubt(bed: Bed) -> int:
+    return len([doubt for doubt in bed.router._overdue._doubts if doubt.open])
+
+
+async def looks(bed: Bed, times: int) -> None:
+    """Wait for some more looks at the leases."""
+    wanted = bed.prefill.looked_at + times
+    await until(lambda: bed.prefill.looked_at >= wanted, "it is looked at again")
+
+
 def test_leases_that_end_after_decode_has_taken_in_its_queue_are_of_other_requests() -> None:
     async def main() -> None:
         async with full() as one:
             one.right = True
-            for decode in one.bed.decodes:
-                decode.generated, decode.counts = 7, {WAITING: 1.0}
+            busy(one.bed, 1)
             told = asked(one.bed, False)
             await one.overdue()
-            for decode in one.bed.decodes:
-                decode.counts = {WAITING: 0.0}
-            seen = one.bed.prefill.looked_at
-            await until(lambda: one.bed.prefill.looked_at > seen + 2, "it is looked at again")
-            assert ended(one.bed) == {}, "its numbers stand still, so it may hang"
-            for decode in one.bed.decodes:
-                decode.generated = 8
-            await until(lambda: ended(one.bed) == {"collected": 1}, "the queue is known to be taken in")
+            busy(one.bed, 0)
+            await until(lambda: in_doubt(one.bed) == 0, "its blocks are known to be there")
             one.leases_end()
             one.turn.set()
             assert right(await told, False)
             assert len(one.bed.prefill.seen) == 1
             await quiet(one.bed)
+
+    run(main)
+
+
+def test_an_empty_queue_of_an_engine_whose_counters_stand_still_proves_nothing() -> None:
+    async def main() -> None:
+        async with full() as one:
+            for decode in one.bed.decodes:
+                decode.generated, decode.counts = 7, {WAITING: 0.0}
+            told = asked(one.bed, False)
+            await one.overdue()
+            await looks(one.bed, 3)
+            one.leases_end()
+            assert right(await told, False)
+            assert len(one.bed.prefill.seen) == 2
+
+    run(main)
+
+
+def test_a_queue_that_is_taken_in_after_a_lease_has_ended_is_not_believed() -> None:
+    async def main() -> None:
+        async with full() as one:
+            busy(one.bed, 1)
+            told = asked(one.bed, False)
+            await one.overdue()
+            await looks(one.bed, 1)
+            one.leases_end()
+            busy(one.bed, 0)
+            one.turn.set()
+            assert right(await told, False)
+            assert len(one.bed.prefill.seen) == 2
+            await quiet(one.bed)
+
+    run(main)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_first_count_that_comes_after_the_lease_may_have_ended_is_none(stream: bool) -> None:
+    async def main() -> None:
+        async with full() as one:
+            told = asked(one.bed, stream)
+            await until(lambda: one.queued, "it is queued")
+            one.bed.prefill.silent = True
+            await asyncio.sleep(LEASE)
+            one.leases_end()
+            one.bed.prefill.silent = False
+            await until(one.queued[0].gone.is_set, "it is taken away")
+            assert right(await told, stream)
+
+    run(main)
+
+
+def test_a_router_that_stood_still_over_a_leases_end_passes_nothing_of_it_on() -> None:
+    async def main() -> None:
+        async with full() as one:
+            told = asked(one.bed, True)
+            await until(lambda: one.queued, "it is queued")
+            stand_still(LEASE)
+            one.leases_end()
+            one.turn.set()
+            assert right(await told, True)
+            assert len(one.bed.prefill.seen) == 2
+
+    run(main)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tickets_that_became_void_in_decodes_queue_are_looked_after_too(stream: bool) -> None:
+    async def main() -> None:
+        async with fleet(1, 2, kv_lease_seconds=LEASE, health_interval_secs=0.05) as bed:
+            one = Full(bed)
+            told = asked(bed, stream)
+            await until(lambda: one.queued, "it is queued")
+            bed.prefill.healthy = False
+            await until(lambda: ended(bed) == {"void": 1}, "its ticket is void")
+            bed.prefill.healthy = True
+            await one.overdue()
+            one.leases_end()
+            one.turn.set()
+            assert right(await told, stream)
+            await quiet(bed)
+
+    run(main)
+
+
+def test_a_count_that_is_told_no_longer_proves_nothing() -> None:
+    async def main() -> None:
+        async with full() as one:
+            told = asked(one.bed, True)
+            await one.overdue()
+            one.bed.prefill.counts = {}
+            one.turn.set()
+            assert right(await told, True)
+            assert len(one.bed.prefill.seen) == 2
+
+    run(main)
+
+
+def test_leases_of_others_that_end_again_and_again_cost_a_request_time_and_no_more() -> None:
+    """Its answers are longer than a lease, and its engine is never without others that wait."""
+
+    async def main() -> None:
+        async with fleet(1, 2, kv_lease_seconds=LEASE) as bed:
+            bed.prefill.counts = {ENDED: 0.0}
+
+            async def generate_for_long(seen: Seen, out: Out) -> None:
+                for _ in range(20):
+                    await asyncio.sleep(1.4 * LEASE / 20)
+                    busy(bed, 3)
+                await out.json(answer_to(seen))
+
+            async def end_leases() -> None:
+                while True:
+                    await asyncio.sleep(LEASE / 2)
+                    bed.prefill.counts[ENDED] += 1
+
+            for one in bed.decodes:
+                one.behave = generate_for_long
+            others = asyncio.create_task(end_leases())
+            told = await asked(bed, False)
+            others.cancel()
+            assert right(told, False)
+            assert [bool(seen.body.get("kv_transfer_params")) for seen in seen_by(bed.decodes)].count(True) == 2
+            assert bed.router.desk.retries.spent == 0
+            await quiet(bed)
 
     run(main)
 
@@ -169,14 +306,66 @@ def test_an_overdue_answer_of_which_prefill_tells_nothing_any_more_is_not_passed
     run(main)
 
 
-@pytest.mark.parametrize("complete", [False, True])
-def test_a_client_that_leaves_while_its_overdue_answer_is_kept_back_leaves_nothing_behind(complete: bool) -> None:
+def test_an_overdue_answer_that_the_router_fails_on_ends_the_request() -> None:
     async def main() -> None:
         async with full() as one:
-            prefill = one.bed.prefill
-            told = asked(one.bed, not complete)
+            one.right = True
+
+            async def odd(seen: Seen, out: Out) -> None:
+                one.queued.append(seen)
+                await one.turn.wait()
+                await out.events()
+                choice = b'{"index":0,"text":"x","finish_reason":null}'
+                await out.chunk(b'data: {"id":"a","choices":[' + choice + b"]}\n\ndata: [1]\n\n")
+                await out.chunk(b"data: [DONE]\n\n")
+                await out.end()
+
+            for decode in one.bed.decodes:
+                decode.behave = odd
+            told = asyncio.create_task(one.bed.complete(["x", "y"], stream=True))
             await one.overdue()
-            prefill.silent = True
+            one.turn.set()
+            await told
+            await quiet(one.bed)
+
+    run(main)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_an_overdue_request_leaves_no_cycles_behind(leaves: bool) -> None:
+    async def main() -> None:
+        async with full() as one:
+            one.right = True
+            gc.collect()
+            gc.disable()
+            told = asked(one.bed, False)
+            await one.overdue()
+            if leaves:
+                told.cancel()
+                await asyncio.gather(told, return_exceptions=True)
+            else:
+                one.turn.set()
+                await told
+            await until(lambda: in_doubt(one.bed) == 0, "nothing is in doubt")
+            await asyncio.sleep(0.1)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            gc.set_debug(0)
+            left = Counter(type(one).__qualname__ for one in gc.garbage if type(one).__module__.startswith("pdrouter"))
+            gc.garbage.clear()
+            gc.enable()
+            assert set(left) <= {"EngineConnection"}  # one that was broken off, with its parser
+
+    run(main)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_while_its_overdue_answer_is_kept_back_leaves_nothing_behind(stream: bool) -> None:
+    async def main() -> None:
+        async with full() as one:
+            told = asked(one.bed, stream)
+            await one.overdue()
+            one.bed.prefill.silent = True
             one.turn.set()
             await until(one.answered.is_set, "decode has answered")
             await asyncio.sleep(0.1)

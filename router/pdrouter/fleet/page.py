@@ -18,7 +18,7 @@ class Page:
 
     def __init__(self, engine: Engine, pool: Pool, heard: Callable[[bytes | None], None]) -> None:
         self.status = 0
-        self._heard = heard
+        self._heard: Callable[[bytes | None], None] | None = heard
         self._pieces: list[bytes] = []
         request = b"GET /metrics HTTP/1.1\r\nhost: %b\r\n\r\n" % engine.authority
         self._call: Call | None = pool.call(engine, request, self, counted=False)
@@ -26,14 +26,25 @@ class Page:
 
     def stop(self) -> None:
         """Wait for no answer; nothing is told."""
+        self._heard = None
         self._timer.cancel()
         call, self._call = self._call, None
         if call is not None:
             call.abort()
 
     def _late(self) -> None:
+        heard = self._heard
         self.stop()
-        self._heard(None)
+        if heard is not None:
+            heard(None)
+
+    def _tell(self, page: bytes | None) -> None:
+        """Tell what came, once."""
+        heard, self._heard = self._heard, None
+        self._timer.cancel()
+        self._call = None
+        if heard is not None:
+            heard(page)
 
     def head(self, status: int, headers: Headers) -> None:
         """Take the status."""
@@ -45,12 +56,8 @@ class Page:
 
     def end(self) -> None:
         """Tell what came."""
-        self._timer.cancel()
-        self._call = None
-        self._heard(b"".join(self._pieces) if self.status == 200 else b"")
+        self._tell(b"".join(self._pieces) if self.status == 200 else b"")
 
     def failed(self, error: UpstreamError) -> None:
         """Tell that nothing came."""
-        self._timer.cancel()
-        self._call = None
-        self._heard(None)
+        self._tell(None)

@@ -35,7 +35,7 @@ def values(page: bytes, name: bytes) -> list[float]:
     while at >= 0:
         end = page.find(b"\n", at + 1)
         line = page[at : end if end >= 0 else len(page)]
-        found.append(float(line[line.rindex(b"}") + 1 :].split()[0]))
+        found.append(float((line[line.rindex(b"}") + 1 :].split() or [b""])[0]))
         at = page.find(start, at + 1)
     return found
 

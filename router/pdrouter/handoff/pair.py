@@ -107,9 +107,9 @@ class Pair(Handoff):
 
     __slots__ = (
         "_alone", "_asked", "_bare", "_began", "_body", "_call", "_coming", "_coming_at", "_continued",
-        "_decode", "_desk", "_first_at", "_fruitless", "_furthest", "_headed", "_hedge", "_lacking", "_leg", "_met",
-        "_only", "_path", "_paused", "_place", "_prefill", "_record", "_refused", "_same", "_sink", "_stream",
-        "_streams", "_ticket", "_way", "deadline", "passed", "state",
+        "_decode", "_desk", "_first_at", "_fruitless", "_furthest", "_headed", "_hedge", "_lacking",
+        "_leases_ended", "_leg", "_met", "_only", "_path", "_paused", "_place", "_prefill", "_record",
+        "_refused", "_same", "_sink", "_stream", "_streams", "_ticket", "_way", "deadline", "passed", "state",
     )  # fmt: skip
 
     def __init__(
@@ -152,7 +152,7 @@ class Pair(Handoff):
         self._stream: Stream | None = None
         self._alone = False
         self._paused = False
-        self._fruitless = self._furthest = 0
+        self._fruitless = self._furthest = self._leases_ended = 0
         self._headed = False
         self._continued = False
         self._refused: list[Engine] = []
@@ -188,6 +188,8 @@ class Pair(Handoff):
                 self._decode_alone(decode, "decode_only:no_prefill")
             else:
                 self._wait(Role.PREFILL)
+        elif self._leases_ended > 1 and desk.decode_only:
+            self._decode_alone(decode, "decode_only:lease_ended")
         elif desk.bypass(asked, prefill, decode):
             self._decode_alone(decode, f"{desk.policies[Role.DECODE].name}:bypass")
         else:
@@ -490,6 +492,8 @@ class Pair(Handoff):
         """The first bytes of decode's answer are there: it has the KV blocks."""
         ticket = self._ticket
         times = self._desk.times.get(Role.DECODE)
+        if ticket is not None:
+            ticket.fetched = True
         if ticket is not None and self._desk.ledger.settle(ticket, Cause.COLLECTED):
             # Of an answer in one piece nothing is heard before it is complete, so its time is not the handoff's.
             took = self._desk.loop.time() - ticket.received if self._streams else None
@@ -543,9 +547,10 @@ class Pair(Handoff):
         self._break_off()
         if self.state is State.SETTLED:
             return
-        if isinstance(error, TooLateError | LeaseEndedError):
-            if isinstance(error, LeaseEndedError):
-                self._refused.append(engine)  # it may have fetched and cached what it should not
+        if isinstance(error, LeaseEndedError):
+            self._lease_ended(engine)
+            return
+        if isinstance(error, TooLateError):
             self._expired()
             return
         if isinstance(error, OtherStreamError):
@@ -631,6 +636,22 @@ class Pair(Handoff):
             self._same = ticket.prefill
         self._ticket = None
         self._again(None, leg_failure(504, Role.DECODE, "ticket_expired", "The ticket expired before decode had it."))
+
+    def _lease_ended(self, decode: Engine) -> None:
+        """The lease may have ended in decode's queue: begin again, which is not the request's fault.
+
+        Another engine had better decode, for this one may have fetched and cached what it should not; and the second
+        time without any lease.
+        """
+        ticket = self._ticket
+        if ticket is not None:
+            self._desk.ledger.settle(ticket, Cause.EXPIRED)
+            self._same = ticket.prefill
+        self._ticket = None
+        self._refused.append(decode)
+        self._record.retries += 1
+        self._leases_ended += 1
+        self._start_over()
 
     # failing
 

@@ -45,12 +45,12 @@ class Ticket:
 
     `received` and `expires` are loop times (monotonic seconds); after `expires` it must not be used. `life` is the
     engine's own id, which another process at the same address does not have. `cause` is None while it is open, `over`
-    is called when its lease ends.
+    is called when its lease ends. `fetched` tells that decode has its blocks, as they should be.
     """
 
     __slots__ = (
-        "blocks", "cause", "expires", "handed", "life", "over", "params", "prefill", "prompt_tokens", "received",
-        "tokens",
+        "blocks", "cause", "expires", "fetched", "handed", "life", "over", "params", "prefill", "prompt_tokens",
+        "received", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -65,6 +65,7 @@ class Ticket:
         self.life = life
         self.blocks = blocks
         self.tokens = 0
+        self.fetched = False
         self.handed = False
         self.cause: Cause | None = None
         self.over: Callable[[Ticket], object] | None = None
