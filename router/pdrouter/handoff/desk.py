@@ -45,7 +45,7 @@ class Rules:
         queue_size: requests that may wait for an engine or for room.
         queue_timeout: how long each may.
         continues: whether streams go on elsewhere when their engine fails.
-        decode_only: whether decode computes prompts when there is no prefill engine.
+        decode_only: whether decode computes prompts when there is no prefill engine, or leases end too soon.
         hedge: after which time without prefill's answer another engine is asked too; 0 never.
         api_key: what engines want to see.
     """

@@ -11,6 +11,8 @@ leads to:
 - Decode that failed before its first byte may have fetched the KV blocks or not, and nobody can tell. A ticket that is
   used twice can mean foreign blocks, so it is given back, prefill computes again (its prefix is cached), and another
   decode engine gets the new ticket.
+- A lease that may have ended in decode's queue (`pdrouter.handoff.overdue`): begin anew at another decode engine, the
+  second time without a lease.
 - Decode that failed in the middle of a stream: another pair goes on by token ids (`pdrouter.handoff.stream`).
 - Prefill that takes long may be hedged (`hedge_prefill_secs`): a second engine is asked, and the first answer counts.
 - No engine of a role, or no decode engine with room: the pair waits (`pdrouter.handoff.waiting`). Without any prefill
