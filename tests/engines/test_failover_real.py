@@ -25,6 +25,8 @@ pytestmark = pytest.mark.timeout(2 * STARTS + 300)
 LONG = 1000  # words: a prompt of some 1,500 tokens, a dozen steps
 LEASE = 6  # seconds, of the hasty prefill engine
 PATIENCE = ("--request-timeout-secs", "280", "--queue-timeout-secs", "270")
+# Beside a decode engine that works without a pause, steps of the CPU build's prefill wait for 5 s, several times over.
+UNHURRIED = (*PATIENCE, "--stall-timeout-secs", "60")
 Measured = Callable[[str], None]
 
 
@@ -227,14 +229,16 @@ def test_clients_that_leave_about_when_prefill_ends_leave_no_blocks_pinned(
 def test_clients_that_leave_in_the_middle_of_a_stream_leave_nothing_running(
     engines: Engines, measured: Measured
 ) -> None:
-    with router([engines.prefill], engines.decodes) as routed:
+    with router([engines.prefill], engines.decodes, *UNHURRIED) as routed:
         endless: dict[str, Any] = {"max_tokens": LONGEST - 100, "ignore_eos": True, "stream": True}
         visitors = [Visitor(routed, *text(20, **endless)) for _ in range(4)]
-        for visitor in visitors:
-            visitor.begun()
-        assert sum(one.running for one in engines.decodes) == len(visitors), "a stream ended too soon to be left"
-        for visitor in visitors:
-            visitor.close()
+        try:
+            for visitor in visitors:
+                visitor.begun()
+            assert sum(one.running for one in engines.decodes) == len(visitors), "a stream ended too soon to be left"
+        finally:
+            for visitor in visitors:
+                visitor.close()
         free_after(engines, engines.prefill, "4 clients left in the middle of a stream", measured)
 
 
@@ -314,7 +318,7 @@ def test_a_decode_engine_killed_in_the_middle_of_streams_costs_nothing_but_time(
 ) -> None:
     fields: dict[str, Any] = {"max_tokens": 4000, "ignore_eos": True, "stream": True, "user": "streams"} | USAGE
     requests = [maker(40, **fields) for maker in (text, chat, text, chat)]
-    with router([engines.prefill], engines.decodes, *PATIENCE) as routed:
+    with router([engines.prefill], engines.decodes, *UNHURRIED) as routed:
         victim = serving(routed, engines, "streams")
         asked = [pool.submit(post, routed, *request) for request in requests]
         until(lambda: victim.running == len(requests), 60, "the streams are on their way")
