@@ -579,6 +579,9 @@ class Engine:
             self._fetches.pop(sequence, None)
         if loaded:
             await self._noticed()
+            # What was aborted meanwhile leaves its blocks unused and uncached, whatever they hold.
+            if sequence.status is not Status.FINISHED:
+                self._judge_time(sequence, params, answer.lease)
         self._fetched(sequence, blocks, loaded)
 
     def _failed(self, sequence: Sequence, params: dict[str, Any], why: str) -> None:
@@ -624,17 +627,24 @@ class Engine:
         altered = {key: params.get(key) for key in issued if key not in params or params[key] != issued[key]}
         if altered:
             breach(Rule.TICKET_ALTERED, **altered)
-        if lease["state"] == "expired":
-            breach(Rule.TICKET_EXPIRED)
-        # Each choice of one request reads for itself; the first that has done so frees the blocks.
-        elif lease["readers"] >= sequence.choices or lease["state"] == "collected":
-            breach(Rule.TICKET_REUSED, readers=lease["readers"], state=lease["state"])
         if lease["prompt"] != prompt_digest(bytes(sequence.data[: len(sequence.prompt) * 4])):
             breach(
                 Rule.TICKET_OTHER_PROMPT, prompt_tokens=len(sequence.prompt), ticket_tokens=issued["remote_num_tokens"]
             )
         if lease["model"] != self.settings.model:
             breach(Rule.TICKET_OTHER_MODEL, model=lease["model"])
+
+    def _judge_time(self, sequence: Sequence, params: dict[str, Any], lease: dict[str, Any] | None) -> None:
+        """Tell of KV that was read when its blocks were free, and that is used."""
+        told = {"remote_request_id": params["remote_request_id"]}
+        if lease is None:
+            return
+        if lease["state"] == "expired":
+            self.violations.add(Rule.TICKET_EXPIRED, sequence.request_id, **told)
+        # Each choice of one request reads for itself; the first that has done so frees the blocks.
+        elif lease["readers"] >= sequence.choices or lease["state"] == "collected":
+            told |= {"readers": lease["readers"], "state": lease["state"]}
+            self.violations.add(Rule.TICKET_REUSED, sequence.request_id, **told)
 
     async def _watch_leases(self) -> None:
         """Expire leases of ours, and keep alive those of others that we have queued."""
