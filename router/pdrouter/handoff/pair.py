@@ -632,12 +632,15 @@ class Pair(Handoff):
 
     def _expired(self) -> None:
         """The ticket's time is over before decode could have it: prefill again, at the same engine for its cache."""
-        ticket = self._ticket
+        self._ticket_over()
+        self._again(None, leg_failure(504, Role.DECODE, "ticket_expired", "The ticket expired before decode had it."))
+
+    def _ticket_over(self) -> None:
+        """Close the ticket; the same prefill engine has the prompt cached."""
+        ticket, self._ticket = self._ticket, None
         if ticket is not None:
             self._desk.ledger.settle(ticket, Cause.EXPIRED)
             self._same = ticket.prefill
-        self._ticket = None
-        self._again(None, leg_failure(504, Role.DECODE, "ticket_expired", "The ticket expired before decode had it."))
 
     def _lease_ended(self, decode: Engine) -> None:
         """The lease may have ended in decode's queue: begin again, which is not the request's fault.
@@ -645,11 +648,7 @@ class Pair(Handoff):
         Another engine had better decode, for this one may have fetched and cached what it should not; and the second
         time without any lease.
         """
-        ticket = self._ticket
-        if ticket is not None:
-            self._desk.ledger.settle(ticket, Cause.EXPIRED)
-            self._same = ticket.prefill
-        self._ticket = None
+        self._ticket_over()
         self._refused.append(decode)
         self._record.retries += 1
         self._leases_ended += 1
