@@ -62,6 +62,16 @@ def test_each_flaw_of_a_bad_router_is_found_out_and_what_is_right_is_passed(tmp_
     assert cases["same-user"][0] == "not applicable"
 
 
+def test_a_lease_that_ends_in_decodes_queue_gives_the_wrong_text_behind_a_router_that_does_not_watch_it(
+    tmp_path: pathlib.Path,
+) -> None:
+    _, cases = judged(tmp_path / "ours.json", "--router", "ours", *only("late-heartbeats"))
+    assert cases["late-heartbeats"] == ("pass", "the text is right, after a lease ended")
+    _, cases = judged(tmp_path / "toy.json", "--router", "toy", *only("late-heartbeats"))
+    assert cases["late-heartbeats"][0] == "fail"
+    assert "status 200 and the text differs" in cases["late-heartbeats"][1]
+
+
 def test_a_router_that_runs_already_is_judged_by_its_url_and_its_engines_are_left_alive(tmp_path: pathlib.Path) -> None:
     keep = ("--speed", "20", "--keep-requests", "2000")
     prefills, decodes = [engine("prefill", *keep)], [engine("decode", *keep) for _ in range(2)]

@@ -34,12 +34,17 @@ class Plan:
         decodes: how many decode engines.
         lease_seconds: how long a prefill engine keeps KV that nobody collects, in real seconds.
         prefill_blocks: KV blocks of a prefill engine; None for as many as an H200 has.
+        decode_lease_seconds: the decode engines' own `kv_lease_duration`, by which they keep leases of what waits in
+            their queue; None for the prefill engines'.
+        decode_seats: how many requests a decode engine runs at once; None for vLLM's default.
     """
 
     prefills: int = 2
     decodes: int = 4
     lease_seconds: float = 30.0
     prefill_blocks: int | None = None
+    decode_lease_seconds: float | None = None
+    decode_seats: int | None = None
 
     @property
     def stall_seconds(self) -> float:

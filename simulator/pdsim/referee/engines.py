@@ -233,10 +233,19 @@ def fleet(plan: Plan, places: Places, client: httpx.AsyncClient, named: tuple[li
 
     The decode engines follow vLLM's default when KV cannot be fetched: the request fails.
     """
-    lease = ["--kv-lease-duration", f"{plan.lease_seconds * SPEED:g}", "--speed", f"{SPEED:g}"]
-    flags = {"prefill": [*lease], "decode": [*lease, "--kv-load-failure-policy", "fail"], "both": [*lease]}
+
+    def settings(lease_seconds: float) -> list[str]:
+        return ["--kv-lease-duration", f"{lease_seconds * SPEED:g}", "--speed", f"{SPEED:g}"]
+
+    flags = {
+        "prefill": settings(plan.lease_seconds),
+        "decode": [*settings(plan.decode_lease_seconds or plan.lease_seconds), "--kv-load-failure-policy", "fail"],
+        "both": settings(plan.lease_seconds),
+    }
     if plan.prefill_blocks is not None:
         flags["prefill"] += ["--num-gpu-blocks", str(plan.prefill_blocks)]
+    if plan.decode_seats is not None:
+        flags["decode"] += ["--max-num-seqs", str(plan.decode_seats)]
 
     def made(role: str, url: str | None = None) -> Engine:
         if url is None:

@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
-from pdsim.referee.answers import difference
+from pdsim.referee.answers import Answer, difference
 from pdsim.referee.bench import Bench, Body
 from pdsim.referee.case import FailedError, Group, Plan
 from pdsim.referee.engines import Engine, until
 
 failover = Group("failover", alone=True)
 CONTINUES = "a router that has broken streams continued from the tokens already sent"
+WATCHES = "a router that asks a prefill engine whether leases have ended while their requests wait for decode"
 CHECKS = "a router that checks tickets before a decode engine sees them"
 
 
@@ -157,6 +158,33 @@ async def ticket_without_request_id(bench: Bench) -> str:
     return "4 of 4 requests right, all decode engines alive"
 
 
+async def _a_lease_ended(bench: Bench) -> bool:
+    told = [entry for engine in bench.fleet.prefills for entry in await engine.violations()]
+    return any(entry["rule"] == "ticket_never_collected" for entry in told)
+
+
+async def _take_the_free_blocks(bench: Bench) -> None:
+    """Compute other prompts on the prefill engines, which overwrites what no ticket holds."""
+    for engine in bench.fleet.prefills:
+        for _ in range(4):
+            await bench.send(bench.completion(bench.prompt(400), max_tokens=1), url=engine.url, patience=1)
+
+
+async def _no_wrong_text(bench: Bench, body: Body, answer: Answer, expected: Answer) -> str:
+    """See that an answer is right or an error, and that no decode engine has cached what it should not.
+
+    Raises:
+        FailedError: there is wrong text, now or for the next who sends this prompt.
+    """
+    found = difference(answer, expected)
+    if found and not answer.failure:
+        raise FailedError(f"status 200 and {found}")
+    for engine in bench.fleet.decodes:
+        if (await bench.send(body, url=engine.url)).text != expected.text:
+            raise FailedError(f"decode engine {engine.name} took it in: its prefix cache is poisoned")
+    return f"no wrong text: {answer.failure}" if answer.failure else "the text is right"
+
+
 @failover.case(plan=Plan(2, 2, lease_seconds=3.5, prefill_blocks=8), limit=40)
 async def expired_lease(bench: Bench) -> str:
     """A ticket whose lease ran out before a decode engine read it becomes no wrong text, now or later."""
@@ -166,25 +194,38 @@ async def expired_lease(bench: Bench) -> str:
         engine.pause()
     asking = asyncio.ensure_future(bench.send(body, patience=20))
     await bench.eventually(bench.tickets, "prefill is done")
-
-    async def expired() -> bool:
-        told = [entry for engine in bench.fleet.prefills for entry in await engine.violations()]
-        return any(entry["rule"] == "ticket_never_collected" for entry in told)
-
-    await bench.eventually(expired, "the lease has run out", 8)
-    for engine in bench.fleet.prefills:  # others' KV takes the blocks, where a second ticket does not hold them
-        for _ in range(4):
-            await bench.send(bench.completion(bench.prompt(400), max_tokens=1), url=engine.url, patience=1)
+    await bench.eventually(lambda: _a_lease_ended(bench), "the lease has run out", 8)
+    await _take_the_free_blocks(bench)
     for engine in bench.fleet.decodes:
         engine.go_on()
-    answer = await asking
-    found = difference(answer, expected)
-    if found and not answer.failure:
-        raise FailedError(f"status 200 and {found}")
-    for engine in bench.fleet.decodes:
-        if (await bench.send(body, url=engine.url)).text != expected.text:
-            raise FailedError(f"decode engine {engine.name} took it in: its prefix cache is poisoned")
-    return f"no wrong text: {answer.failure}" if answer.failure else "the text is right"
+    return await _no_wrong_text(bench, body, await asking, expected)
+
+
+@failover.case(
+    own_only=WATCHES, limit=40,
+    plan=Plan(1, 1, lease_seconds=2.0, prefill_blocks=8, decode_lease_seconds=30.0, decode_seats=1),
+)  # fmt: skip
+async def late_heartbeats(bench: Bench) -> str:
+    """A ticket whose lease runs out in a full decode engine's queue becomes no wrong text, now or later.
+
+    The decode engine keeps leases by heartbeats, one for each sixth of its own `kv_lease_duration`: here too seldom.
+    """
+    before = bench.completion(stream=True, max_tokens=400, ignore_eos=True)
+    body = bench.completion(bench.prompt(300), stream=True)
+    expected, first = await asyncio.gather(bench.plainly(body), bench.plainly(before))
+    await bench.slow_decodes()
+    async with bench.stream(before, patience=30) as sitting:
+        await sitting.more(3)
+        asking = asyncio.ensure_future(bench.send(body, patience=30))
+        ended = await until(lambda: _a_lease_ended(bench), 6)  # none of a router that waits for a free seat
+        await _take_the_free_blocks(bench)
+        for engine in bench.fleet.decodes:
+            await engine.fault("none")
+        found = difference(await sitting.rest(), first)
+        if found:
+            raise FailedError(f"the stream before it: {found}")
+    told = await _no_wrong_text(bench, body, await asking, expected)
+    return f"{told}, {'after a lease ended' if ended else 'no lease ended'}"
 
 
 @failover.case()
