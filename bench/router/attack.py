@@ -29,10 +29,9 @@ from typing import Any
 
 import uvloop
 from attacks import ATTACKS, Attack, Target, go_on
-from rich.console import Console
 from rich.table import Table
+from screen import console
 
-console = Console(highlight=False)
 PUBLIC, METRICS, PREFILL, DECODE = 10001, 29000, 8000, 8200
 AT_ONCE = 8  # ordinary requests under way
 MOST_LEAD = 10.0  # seconds after an attack's connections are open, in which its buffers become full

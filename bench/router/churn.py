@@ -24,10 +24,8 @@ from statistics import median
 
 import orjson
 import uvloop
-from rich.console import Console
 from rich.table import Table
-
-console = Console(highlight=False)
+from screen import console
 
 # What happens in 24 hours, more of each kind than a bad day brings: 12 engines, a request a second.
 DAY = {

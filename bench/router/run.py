@@ -16,10 +16,8 @@ from statistics import median
 
 import measure
 import peers
-from rich.console import Console
 from rich.table import Table
-
-console = Console(highlight=False)
+from screen import console
 
 
 @dataclass

@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -77,10 +78,33 @@ def told_by(routed: Process, name: str, label: str) -> dict[str, float]:
     return {sample.labels[label]: sample.value for sample in samples if sample.name == name}
 
 
-def overwrite(prefill: RealEngine) -> None:
+def overwrite(prefill: RealEngine, words: int = 900) -> None:
     """Let other prompts take every block that nobody holds."""
     for _ in range(3):
-        post(prefill, COMPLETIONS, completion(fresh(900), max_tokens=1))
+        post(prefill, COMPLETIONS, completion(fresh(words), max_tokens=1))
+
+
+@contextmanager
+def busy(engine: RealEngine, seats: int) -> Iterator[None]:
+    """Keep all seats of an engine's running batch taken, by streams that outlast the block."""
+    over = threading.Event()
+
+    def sit() -> None:
+        body = completion(fresh(5), max_tokens=LONGEST - 100, ignore_eos=True, stream=True)
+        with httpx.stream("POST", engine.url + COMPLETIONS, json=body, timeout=200) as answer:
+            for _ in answer.iter_lines():
+                if over.is_set():
+                    break
+
+    with ThreadPoolExecutor(seats) as pool:
+        sitting = [pool.submit(sit) for _ in range(seats)]
+        try:
+            until(lambda: engine.running == seats, 60, "all seats are taken")
+            yield
+        finally:
+            over.set()
+    for one in sitting:
+        one.result()
 
 
 # --- a stream goes on where a decode engine broke off -----------------------------------------------------------------
@@ -403,3 +427,33 @@ def test_a_router_stalled_beyond_the_lease_never_gives_wrong_text(
             routed.process.send_signal(signal.SIGCONT)
         answer = asked.result()
         assert answer.status_code >= 500 or right(engines, answer, path, body), answer.text
+
+
+# --- leases that end while requests wait ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept by heartbeats", "of which heartbeats come too late"])
+def test_requests_that_wait_in_decode_for_longer_than_a_lease_get_the_right_text(
+    engines: Engines, hasty: RealEngine, pool: ThreadPoolExecutor, kept: bool
+) -> None:
+    decode = engines.decodes[0 if kept else 1]
+    bodies = [completion(fresh(200)) for _ in range(4)]
+
+    def ended() -> float:
+        return hasty.metric("vllm:nixl_num_kv_expired_reqs_total")
+
+    before = ended()
+    with router([hasty], [decode], "--kv-lease-seconds", str(LEASE), *UNHURRIED) as routed:
+        post(hasty, COMPLETIONS, completion(fresh(200), max_tokens=1))  # an engine's first takes seconds
+        with busy(decode, 8):
+            asked = [pool.submit(post, routed, COMPLETIONS, body) for body in bodies]
+            until(lambda: decode.metric("vllm:num_requests_waiting") == len(bodies), 60, "all wait in decode")
+            issued = time.monotonic()
+            while time.monotonic() < issued + (2 if kept else 4) * LEASE and (kept or ended() == before):
+                overwrite(hasty, 400)
+            overwrite(hasty, 400)
+            assert not any(one.done() for one in asked), "a seat was free before the leases could end"
+            assert (ended() == before) is kept
+        answers = [one.result() for one in asked]
+    for body, answer in zip(bodies, answers, strict=True):
+        assert told(answer) == told(post(engines.plain, COMPLETIONS, body))

@@ -1,17 +1,13 @@
 """Through the router and two real vLLM engines a client gets what one real engine would have answered."""
 
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import httpx
 import pytest
 
 from engines.asking import chat, fresh, ids, text
-from engines.real import BLOCK, LONGEST, STARTS, Engines, Installation, RealEngine
+from engines.real import BLOCK, STARTS, Engines
 from support.answers import told
 from support.processes import Process, router, until
 from support.requests import COMPLETIONS, WANT_TICKET, completion
@@ -128,73 +124,3 @@ def test_after_many_requests_nothing_is_held_expired_or_failed(engines: Engines,
     assert [answer.status_code for answer in answers] == [200] * len(bodies)
     until(engines.quiet, 20, "no block is held")
     assert trouble() == before
-
-
-LEASE = 6  # seconds; the tenth below it that the router keeps is its own matter
-
-
-@pytest.fixture
-def hasty(installation: Installation) -> Iterator[RealEngine]:
-    """A prefill engine with a short lease and few blocks, which it soon uses again."""
-    made = installation.engine("prefill", "--num-gpu-blocks-override", "24", "--max-model-len", "2048", lease=LEASE)
-    try:
-        yield made.start().up()
-    finally:
-        made.stop()
-
-
-@pytest.mark.parametrize("kept", [True, False], ids=["kept by heartbeats", "of which heartbeats come too late"])
-def test_requests_that_wait_in_decode_for_longer_than_a_lease_get_the_right_text(
-    engines: Engines, hasty: RealEngine, kept: bool
-) -> None:
-    decode = engines.decodes[0 if kept else 1]
-    bodies = [completion(fresh(200)) for _ in range(4)]
-
-    def ended() -> float:
-        return hasty.metric("vllm:nixl_num_kv_expired_reqs_total")
-
-    before = ended()
-    with ExitStack() as stack:
-        routed = stack.enter_context(router([hasty], [decode], "--kv-lease-seconds", str(LEASE)))
-        pool = stack.enter_context(ThreadPoolExecutor(len(bodies)))
-        hasty.post(COMPLETIONS, completion(fresh(200), max_tokens=1), timeout=200)  # an engine's first takes seconds
-        with busy(decode, 8):
-            asked = [pool.submit(routed.post, COMPLETIONS, body, timeout=200) for body in bodies]
-            until(lambda: decode.metric("vllm:num_requests_waiting") == len(bodies), 60, "all wait in decode")
-            issued = time.monotonic()
-            while time.monotonic() < issued + (2 if kept else 4) * LEASE and (kept or ended() == before):
-                overwrite(hasty)
-            overwrite(hasty)
-            assert not any(one.done() for one in asked), "a seat was free before the leases could end"
-            assert (ended() == before) is kept
-        answers = [one.result() for one in asked]
-    for body, answer in zip(bodies, answers, strict=True):
-        assert told(answer) == told(engines.plain.post(COMPLETIONS, body, timeout=200))
-
-
-def overwrite(prefill: RealEngine) -> None:
-    """Let another prompt take blocks that nobody holds."""
-    prefill.post(COMPLETIONS, completion(fresh(400), max_tokens=1), timeout=200)
-
-
-@contextmanager
-def busy(engine: RealEngine, seats: int) -> Iterator[None]:
-    """Keep all seats of an engine's running batch taken, by streams that outlast the block."""
-    over = threading.Event()
-
-    def sit() -> None:
-        body = completion(fresh(5), max_tokens=LONGEST - 100, ignore_eos=True, stream=True)
-        with httpx.stream("POST", engine.url + COMPLETIONS, json=body, timeout=200) as answer:
-            for _ in answer.iter_lines():
-                if over.is_set():
-                    break
-
-    with ThreadPoolExecutor(seats) as pool:
-        sitting = [pool.submit(sit) for _ in range(seats)]
-        try:
-            until(lambda: engine.running == seats, 60, "all seats are taken")
-            yield
-        finally:
-            over.set()
-    for one in sitting:
-        one.result()
