@@ -1652,6 +1652,28 @@ def likely(**logprobs: float) -> dict[str, Any]:
     return {"model": "tiny", "choices": [{"text": "a", "logprobs": {"top_logprobs": [logprobs]}}]}
 
 
+def test_a_canary_sends_no_ticket_twice_when_a_kept_connection_breaks() -> None:
+    async def main() -> None:
+        async with fleet(1, 1, canary_interval_secs=0.05) as bed:
+            tickets: list[str] = []
+            canary = bed.router._canary
+
+            async def probe(seen: Seen, out: Out) -> None:
+                if "kv_transfer_params" in seen.body:
+                    tickets.append(seen.body["kv_transfer_params"]["remote_request_id"])
+                    if canary.outcomes["alike"]:  # the connection is one that is kept by now
+                        out.cut()
+                        return
+                await out.json(likely(a=-0.1))
+
+            bed.prefill.probe = issue()
+            bed.decode.probe = probe
+            await until(lambda: canary.outcomes["failed"] > 2, "canaries broke off")
+            assert len(tickets) == len(set(tickets))
+
+    run(main)
+
+
 def test_a_canary_tells_when_kv_blocks_come_over_wrong() -> None:
     async def main() -> None:
         async with fleet(1, 1, canary_interval_secs=0.1) as bed:

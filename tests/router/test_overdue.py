@@ -262,6 +262,58 @@ def test_a_count_that_is_told_no_longer_proves_nothing() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("own", [None, "mine"])
+def test_what_a_decode_engine_has_cached_by_then_is_used_no_more(own: str | None) -> None:
+    """It may have fetched and cached foreign blocks: the only one there is decodes again, and finds none of them."""
+
+    async def main() -> None:
+        async with fleet(1, 1, kv_lease_seconds=LEASE) as bed:
+            one = Full(bed)
+            told = body(False) | ({"cache_salt": own} if own else {})
+            answer = asyncio.create_task(bed.post(COMPLETIONS, told))
+            await one.overdue()
+            one.leases_end()
+            one.turn.set()
+            assert right(await answer, False)
+            assert right(await bed.post(COMPLETIONS, told), False)
+            first, *later = [seen.body.get("cache_salt") for seen in bed.decode.seen]
+            assert (first, len(later), len(set(later))) == (own, 2, 1)
+            assert later[0].startswith("pd-router-")
+            assert later[0].endswith(own or "")
+            assert {seen.body.get("cache_salt") for seen in bed.prefill.seen} == {own}
+            alone = await bed.post(COMPLETIONS, told | {"n": 2, "temperature": 1})
+            assert (alone.status, bed.decode.seen[-1].body["cache_salt"]) == (200, later[0])
+            refused = await bed.post(COMPLETIONS, told | {"cache_salt": ""})
+            assert (refused.status, bed.decode.seen[-1].body["cache_salt"]) == (200, "")
+
+    run(main)
+
+
+def test_without_service_by_decode_alone_leases_of_others_that_end_for_ever_end_a_request() -> None:
+    async def main() -> None:
+        async with fleet(1, 2, kv_lease_seconds=0.3, decode_only=False) as bed:
+            bed.prefill.counts = {ENDED: 0.0}
+
+            async def generate_for_long(seen: Seen, out: Out) -> None:
+                await asyncio.sleep(2)
+                await out.json(answer_to(seen))
+
+            async def end_leases() -> None:
+                while True:
+                    await asyncio.sleep(0.05)
+                    bed.prefill.counts[ENDED] += 1
+
+            for one in bed.decodes:
+                one.behave = generate_for_long
+            others = asyncio.create_task(end_leases())
+            told = await asked(bed, False)
+            others.cancel()
+            assert (told.status, "Its leases ended" in told.body.decode()) == (504, True)
+            await quiet(bed)
+
+    run(main)
+
+
 def test_leases_of_others_that_end_again_and_again_cost_a_request_time_and_no_more() -> None:
     """Its answers are longer than a lease, and its engine is never without others that wait."""
 

@@ -361,6 +361,24 @@ def test_a_worker_that_is_killed_at_any_moment_leaves_a_table_that_can_be_cleare
         assert [engine.in_flight for engine in engines] == [0] * NAMES
 
 
+def test_what_one_worker_suspects_all_suspect_and_go_on_to_when_it_has_died():
+    table = Table(3)
+    workers = [Worker(table, number) for number in range(2)]
+    engines = [worker.join(Role.DECODE, "http://e:80") for worker in workers]
+    engines[0].suspected = 7
+    workers[0].rows.changed(engines[0])
+    for worker in workers:
+        worker.loop.turn()
+        worker.refresh()
+        worker.loop.turn()
+    table.clear(0)
+    later = Worker(table, 2)
+    seen = later.join(Role.DECODE, "http://e:80")
+    assert seen.salt == ""
+    later.refresh()
+    assert (engines[1].salt, seen.salt) == (engines[0].salt, engines[0].salt)
+
+
 def test_rows_are_published_once_a_turn_and_read_at_most_once_a_millisecond():
     async def main() -> None:
         table = Table(2)

@@ -22,7 +22,8 @@ class Engine:
     `answered` and `failed` all legs. `cached` and `uncached` add up the tokens of the prompts it was given, as the
     policy predicted. `heard` counts reads from its connections, `worked` those that answered requests of clients,
     `heard_then` and `heard_before` are what `heard` was at the last looks. What `group` says tells which engines can
-    exchange KV blocks (`Fleet.compatible`).
+    exchange KV blocks (`Fleet.compatible`). `suspected` is when its prefix cache was last thought to hold KV of other
+    prompts, microseconds of the wall clock, 0 for never (`Pool.suspect`).
 
     The load row: `in_flight`, `queued_tokens` and `held_tokens` are what this process gave it to do, `elsewhere` what
     the router's other processes did (`pdrouter.fleet.rows`), `waiting`, `running` and `kv_usage` what its metrics said
@@ -33,7 +34,8 @@ class Engine:
         "answered", "authority", "block_size", "cached", "elsewhere", "failed", "failures", "group",
         "healthy", "heard", "heard_before", "heard_then", "host", "kv_tokens", "kv_usage", "leaving",
         "longest_context", "models", "name", "own_coming", "own_held", "own_in_flight", "own_pinned",
-        "own_queued", "port", "role", "running", "scraped_at", "uncached", "url", "version", "waiting", "worked",
+        "own_queued", "port", "role", "running", "scraped_at", "suspected", "uncached", "url", "version", "waiting",
+        "worked",
     )  # fmt: skip
 
     def __init__(self, url: str, role: Role, name: str | None = None) -> None:
@@ -47,7 +49,7 @@ class Engine:
         self.healthy = False
         self.leaving = False
         self.failures = self.answered = self.failed = 0
-        self.cached = self.uncached = 0
+        self.cached = self.uncached = self.suspected = 0
         self.models: dict[str, str] = {}
         self.own_in_flight = self.own_queued = self.own_held = self.own_coming = self.own_pinned = 0
         self.elsewhere = (0, 0, 0, 0)
@@ -89,6 +91,11 @@ class Engine:
     def metrics_age(self) -> float:
         """Seconds since its metrics were read."""
         return monotonic() - self.scraped_at
+
+    @property
+    def salt(self) -> str:
+        """By which it finds nothing that it has cached until it was suspected; empty when it never was."""
+        return f"pd-router-{self.suspected:x}" if self.suspected else ""
 
     @property
     def model(self) -> str | None:

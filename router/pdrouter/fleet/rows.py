@@ -19,7 +19,9 @@ from pdrouter.fleet.engine import Engine
 
 ENGINES = 1024  # rows of a table; engines beyond that are balanced by each worker's own load only
 _GENERATION, _ROWS, _FIRST = range(3)
-_KEY, _IN_FLIGHT, _QUEUED, _HELD, _PINNED, _WAITING, _RUNNING, _USAGE, _KV_TOKENS, _SCRAPED, _FIELDS = range(11)
+_KEY, _IN_FLIGHT, _QUEUED, _HELD, _PINNED, _WAITING, _RUNNING, _USAGE, _KV_TOKENS, _SCRAPED, _SUSPECTED, _FIELDS = (
+    range(12)
+)
 _MILLION = 1_000_000
 _FRESH = 0.001  # seconds for which what was read of the others is used
 _TRIES = 4
@@ -169,6 +171,7 @@ class Rows:
         numbers[at + _QUEUED] = _within(engine.own_queued)
         numbers[at + _HELD] = _within(engine.own_held + engine.own_coming)
         numbers[at + _PINNED] = _within(engine.own_pinned)
+        numbers[at + _SUSPECTED] = engine.suspected
         if self._scrapes and engine.scraped_at > 0:
             numbers[at + _WAITING] = _whole(engine.waiting)
             numbers[at + _RUNNING] = _whole(engine.running)
@@ -194,8 +197,8 @@ class Rows:
     def _add(self, values: list[int]) -> None:
         for at in range(0, len(values), _FIELDS):
             in_flight, scraped = values[at + _IN_FLIGHT], values[at + _SCRAPED]
-            held, pinned = values[at + _HELD], values[at + _PINNED]
-            if not (in_flight or scraped or held or pinned):
+            held, pinned, suspected = values[at + _HELD], values[at + _PINNED], values[at + _SUSPECTED]
+            if not (in_flight or scraped or held or pinned or suspected):
                 continue
             engine = self._by_key.get(values[at + _KEY])
             if engine is None:
@@ -205,6 +208,9 @@ class Rows:
                 engine.elsewhere = (
                     told[0] + in_flight, told[1] + values[at + _QUEUED], told[2] + held, told[3] + pinned,
                 )  # fmt: skip
+            if suspected > engine.suspected:  # this row tells it too, so that it outlives the worker who found it
+                engine.suspected = suspected
+                self.changed(engine)
             # The same reading is taken again: it may have been half written when it was read before.
             if scraped and not self._scrapes and scraped / _MILLION >= engine.scraped_at:
                 engine.waiting, engine.running = float(values[at + _WAITING]), float(values[at + _RUNNING])

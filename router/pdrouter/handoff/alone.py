@@ -11,6 +11,7 @@ from pdrouter.handoff.retries import EACH
 from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
 from pdrouter.openai.features import Prompt
+from pdrouter.openai.legs import salted
 from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import ConnectError, UpstreamError
 from pdrouter.upstream.pool import Call
@@ -90,7 +91,8 @@ class Alone:
         self._size = 0
         queued = desk.routed(Role.DECODE, self._asked, engine) if record.generation else 0
         held = self._asked.tokens if record.generation else 0
-        request = self._way.request(engine, self._body)
+        body = salted(self._body, engine.salt, self._asked.salt) if record.generation else self._body
+        request = self._way.request(engine, body)
         self._call = desk.pool.call(engine, request, self, held=held, queued=queued, whole=not self._streams)
         if self._paused:
             self._call.pause()

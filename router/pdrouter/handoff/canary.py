@@ -17,7 +17,7 @@ import orjson
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.handoff.desk import Desk
 from pdrouter.handoff.edges import SLOW_SECONDS, Edge
-from pdrouter.handoff.ticket import Cause, TicketError, read_ticket
+from pdrouter.handoff.ticket import Cause, Ticket, TicketError, read_ticket
 from pdrouter.handoff.way import own_request
 from pdrouter.openai.legs import decode_leg, prefill_leg
 from pdrouter.upstream.connection import Headers
@@ -182,17 +182,17 @@ class Canary:
         desk.issued(ticket, 0)
         ticket.handed = True
         try:
-            told = await self._ask(decode, decode_leg(orjson.dumps(body), ticket.params))
+            told = await self._ask(decode, decode_leg(orjson.dumps(body), ticket.params), ticket)
         except CanaryError:
             desk.release.give_back(ticket, body.get("model"), Cause.LOST)
             raise
         desk.ledger.settle(ticket, Cause.COLLECTED)
         return told
 
-    async def _ask(self, engine: Engine, body: bytes) -> bytes:
+    async def _ask(self, engine: Engine, body: bytes, ticket: Ticket | None = None) -> bytes:
         request = own_request(engine, body, self._authorization)
         future: asyncio.Future[tuple[int, bytes]] = self._desk.loop.create_future()
-        call = self._desk.pool.call(engine, request, _Answer(future), counted=False)
+        call = self._desk.pool.call(engine, request, _Answer(future), perishable=ticket, counted=False)
         try:
             async with asyncio.timeout(_TIMEOUT):
                 status, answer = await future

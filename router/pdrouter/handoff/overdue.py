@@ -110,8 +110,9 @@ class Doubt:
             call.fail(RouterFailureError("the router failed on the engine's answer; its log tells why"))
 
     def confirm(self) -> None:
-        """Take the request away from decode."""
+        """Take the request away from decode, which may have fetched and cached what it should not."""
         self.withdraw()
+        self._overdue.pool.suspect(self.call.engine)
         self.call.fail(
             LeaseEndedError(f"a lease of {self.ticket.prefill.url} may have ended before decode could fetch")
         )
@@ -156,7 +157,7 @@ class Overdue:
         """
         self.lease = lease
         self._loop = loop
-        self._pool = pool
+        self.pool = pool
         self._doubts: list[Doubt] = []
         self._unjudged: dict[Engine, dict[Doubt, None]] = {}
         self._pages: dict[Engine, Page] = {}
@@ -173,7 +174,7 @@ class Overdue:
                 doubt.withdraw()
         known = {doubt.call for doubt in self._doubts}
         before = self._loop.time() - OVERDUE * self.lease
-        for call in self._pool.perishing():
+        for call in self.pool.perishing():
             ticket = call.perishable
             if isinstance(ticket, Ticket) and not ticket.fetched and ticket.received < before and call not in known:
                 self._doubts.append(Doubt(call, ticket, self))
@@ -181,7 +182,7 @@ class Overdue:
         self._counters = {engine: told for engine, told in self._counters.items() if engine in decodes}
         for decode in decodes:
             if decode not in self._pages:
-                self._pages[decode] = Page(decode, self._pool, partial(self._heard_of_decode, decode))
+                self._pages[decode] = Page(decode, self.pool, partial(self._heard_of_decode, decode))
         for doubt in self._doubts:
             self.judge(doubt)
 
@@ -194,7 +195,7 @@ class Overdue:
 
     def _ask(self, prefill: Engine) -> None:
         doubts = [(doubt, doubt.ready) for doubt in self._unjudged.pop(prefill)]
-        self._pages[prefill] = Page(prefill, self._pool, partial(self._heard_of_prefill, prefill, doubts))
+        self._pages[prefill] = Page(prefill, self.pool, partial(self._heard_of_prefill, prefill, doubts))
 
     def _heard_of_prefill(self, prefill: Engine, doubts: list[tuple[Doubt, bool]], page: bytes | None) -> None:
         self._pages.pop(prefill, None)

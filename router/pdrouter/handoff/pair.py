@@ -49,7 +49,7 @@ from pdrouter.observe.record import Record
 from pdrouter.openai.asked import CHAT, COMPLETIONS
 from pdrouter.openai.continuation import IDS_FIELD, why_not
 from pdrouter.openai.features import Prompt
-from pdrouter.openai.legs import decode_leg, encoded, prefill_leg
+from pdrouter.openai.legs import decode_leg, encoded, prefill_leg, salted
 from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import ConnectError, LeaseEndedError, StalledError, TooLateError, UpstreamError
 from pdrouter.upstream.pool import Call
@@ -476,7 +476,7 @@ class Pair(Handoff):
         desk = self._desk
         self.state = State.DECODE
         self._reserve(None)
-        request = self._way.request(decode, body)
+        request = self._way.request(decode, salted(body, decode.salt, self._asked.salt))
         if self._record.decode_sent_at is None:
             self._record.decode_sent_at = perf_counter()
         if self._stream is not None:
@@ -585,7 +585,8 @@ class Pair(Handoff):
             if self._desk.fleet.may_serve(engine) and engine.failures == 1:  # it served others before this
                 self._desk.edges.failed(ticket.prefill, engine, failure.reason)
             if may_wake:
-                # It may wake and fetch by this ticket, so the blocks had better stay until the lease ends.
+                # It may wake and fetch by this ticket, so the blocks had better stay until the lease ends; or even later.
+                self._desk.pool.suspect(engine)
                 ticket.handed = False
                 self._ticket = None
             else:
@@ -645,13 +646,16 @@ class Pair(Handoff):
     def _lease_ended(self, decode: Engine) -> None:
         """The lease may have ended in decode's queue: begin again, which is not the request's fault.
 
-        Another engine had better decode, for this one may have fetched and cached what it should not; and the second
-        time without any lease.
+        Another engine had better decode, and the second time without any lease. Where none may decode alone, it counts
+        from the third time on, for leases of others may end for ever.
         """
         self._ticket_over()
+        self._leases_ended += 1
+        if self._leases_ended > 2:
+            self._again(decode, leg_failure(504, Role.DECODE, "lease_ended", "Its leases ended before decode had it."))
+            return
         self._refused.append(decode)
         self._record.retries += 1
-        self._leases_ended += 1
         self._start_over()
 
     # failing

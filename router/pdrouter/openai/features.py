@@ -58,6 +58,11 @@ class Prompt:
         self._tokens = -1
 
     @property
+    def salt(self) -> Any:
+        """The client's `cache_salt`."""
+        return self._body.get("cache_salt")
+
+    @property
     def prefix(self) -> bytes:
         """The prompt as bytes that begin alike where prompts do.
 

@@ -89,6 +89,20 @@ def decode_leg(bare: bytes, ticket: bytes | None, ids: bool = False) -> bytes:
     return b"%b%b}" % (bare[: bare.rindex(b"}")], more)
 
 
+def salted(body: bytes, salt: str, own: Any) -> bytes:
+    """Have an engine find nothing in its prefix cache but what it cached for the same salt (vLLM's `cache_salt`).
+
+    Args:
+        body: a non-empty JSON object, encoded.
+        salt: by which the engine shall find it; when empty, the body stays as it is.
+        own: the client's `cache_salt`, which goes on to keep clients apart; one that vLLM refuses is left to it.
+    """
+    if not salt or not (own is None or (isinstance(own, str) and own)):
+        return body
+    # Of two fields of one name engines take the last, as Python's json does.
+    return b'%b,"cache_salt":%b}' % (body[: body.rindex(b"}")], json.dumps(salt + (own or "")).encode())
+
+
 def release_leg(model: Any, ticket: bytes) -> bytes:
     """Encode a request that decode refuses, whereupon it tells prefill that the ticket's blocks are not needed.
 

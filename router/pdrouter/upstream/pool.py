@@ -3,6 +3,7 @@
 import asyncio
 import errno
 from collections.abc import Iterator
+from time import time_ns
 from typing import Protocol, cast
 
 from pdrouter.fleet.engine import Engine
@@ -212,6 +213,12 @@ class Pool:
             if call in self.open(engine):
                 call.fail(error)
         return len(calls)
+
+    def suspect(self, engine: Engine) -> None:
+        """Have what an engine has cached until now used no more: it may be KV of other prompts than it says."""
+        engine.suspected = time_ns() // 1000
+        if self.rows is not None:
+            self.rows.changed(engine)
 
     def take(self, engine: Engine) -> EngineConnection | None:
         """Give an idle connection that is fresh enough, the most recently used first."""
