@@ -233,12 +233,49 @@ def test_an_error_event_ends_a_stream_before_it_and_the_next_engine_begins_anew(
     same(stream.feed(begun(COMPLETIONS, body, 99)), COMPLETIONS, body)
 
 
-def test_a_stream_whose_text_lags_too_far_behind_its_ids_cannot_go_on() -> None:
-    stream, body = stream_of(max_tokens=400, ignore_eos=True, stop=["q" * 2000])
-    for event in answer(COMPLETIONS, body | {"return_token_ids": True}, "0")[:60]:
-        stream.feed(event)
-    with pytest.raises(CannotGoOnError, match="lags"):
-        stream.go_on(ROOM)
+def gone_on(path: str, body: dict[str, Any], events: Sequence[bytes], cut: int) -> tuple[bytes, int]:
+    """Serve a stream of which the first engine tells so many events; give also how many tokens the second generates."""
+    stream = Stream(path, body)
+    sent = b"".join(stream.feed(event) for event in events[:cut])
+    told = stream.go_on(ROOM)
+    assert isinstance(told, dict)
+    stream.attempt()
+    return sent + stream.feed(b"".join(answer(COMPLETIONS, told, "1"))), told["max_tokens"]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("length", [2, 3, 9])
+def test_a_stop_string_that_is_told_too_is_found_wherever_its_stream_was_cut(path: str, length: int) -> None:
+    _, body = stream_of(path, max_tokens=24, ignore_eos=True)
+    text = undisturbed(path, body).text
+    for at in range(4, len(text) - length, 3):
+        stopped = body | {"stop": text[at : at + length], "include_stop_str_in_output": True}
+        events = answer(path, stopped | {"return_token_ids": True}, "0")
+        said = [number for number, event in enumerate(events) if b'"finish_reason":null' in event]
+        for cut in said[3:]:
+            same(gone_on(path, stopped, events, cut + 1)[0], path, stopped)
+
+
+@pytest.mark.parametrize("included", [False, True])
+def test_a_stream_goes_on_however_long_its_stop_strings_are(included: bool) -> None:
+    stop = {"stop": ["q" * 150], "include_stop_str_in_output": included}
+    _, body = stream_of(max_tokens=400, ignore_eos=True, **stop)
+    events = answer(COMPLETIONS, body | {"return_token_ids": True}, "0")
+    for cut in (40, 60, 199, 200, 201, 380):
+        sent, left = gone_on(COMPLETIONS, body, events, cut)
+        same(sent, COMPLETIONS, body)
+        assert cut < 380 or left < 200, "it need not begin anew"
+    without_end = body | {"stop": ["q" * 2000]}
+    events = answer(COMPLETIONS, without_end | {"return_token_ids": True}, "0")
+    same(gone_on(COMPLETIONS, without_end, events, 390)[0], COMPLETIONS, without_end)
+
+
+@pytest.mark.parametrize("sizes", [(2,), (1, *[3] * 99)])
+def test_a_stream_of_events_of_several_tokens_goes_on_however_many_there_are(sizes: Sequence[int]) -> None:
+    _, body = stream_of(max_tokens=480, ignore_eos=True)
+    events = answer(COMPLETIONS, body | {"return_token_ids": True}, "0", sizes)
+    for cut in (60, 120, len(events) - 3):
+        same(gone_on(COMPLETIONS, body, events, cut)[0], COMPLETIONS, body)
 
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "tool_calls"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pdrouter.handoff.stream import Stream
+from pdrouter.handoff.stream import CannotGoOnError, Stream
 
 
 def events(count: int, text: int = 3, first: int = 0) -> list[bytes]:
@@ -48,3 +48,13 @@ def test_of_a_slow_clients_stream_little_is_kept():
     kept = [one for one in stream._recent if isinstance(one, bytes)]
     assert sum(sys.getsizeof(one) for one in kept) < 100_000
     assert stream.generated == number
+
+
+@pytest.mark.parametrize("lacks", [b'"prompt_token_ids":[7,8,9]', b'"token_ids":['])
+def test_of_a_stream_that_nobody_can_go_on_with_little_is_kept(lacks: bytes):
+    """Its engine tells no ids, or none of the text."""
+    stream = fed([b"".join(events(100, 5000)).replace(lacks, b'"x":[' + b"]" * (b"]" in lacks)) for _ in range(20)])
+    kept = [one if isinstance(one, bytes) else one.text for one in stream._recent]
+    assert sum(sys.getsizeof(one) for one in kept) < 1_000_000
+    with pytest.raises(CannotGoOnError):
+        stream.go_on(None)

@@ -11,14 +11,25 @@ from typing import Any
 import orjson
 
 from pdrouter.openai.asked import CHAT
-from pdrouter.openai.continuation import IDS_FIELD, Again, Rest, Told, continued_body, cut, held_back, told_by
+from pdrouter.openai.continuation import (
+    IDS_FIELD,
+    Again,
+    Rest,
+    Told,
+    continued_body,
+    cut,
+    held_back,
+    tells_stops,
+    told_by,
+)
 
 DONE = b"data: [DONE]\n\n"
 _IDS = b'"token_ids":['
 _PROMPT_IDS = b'"prompt_token_ids":['
 ERROR = b'data: {"error":'
-_RECENT = 48  # events; more than stop strings and incomplete characters make text lag behind
-_RECENT_BYTES = 65536  # of all of them: a slow client's events come hundreds at a time
+_ENOUGH = 16384  # bytes of events after which it is looked at which of them are needed
+_MOST = 262144  # characters without a place to go on from, which no ordinary stream has
+_TOLD = 256  # bytes that are counted for an event that was read
 
 
 class CannotGoOnError(Exception):
@@ -33,9 +44,8 @@ class Stream:
     """One generation, over as many engines as it takes."""
 
     __slots__ = (
-        "_body", "_continuous", "_cut_prompt", "_first", "_generated", "_held", "_keeps_ids", "_path", "_prompt",
-        "_recent", "_recent_bytes", "_rest", "_rewrite", "_usage_told", "_whole", "begun", "complete", "differs",
-        "error",
+        "_body", "_continuous", "_cut_prompt", "_first", "_fresh", "_generated", "_held", "_keeps_ids", "_path",
+        "_prompt", "_recent", "_rest", "_rewrite", "_usage_told", "_whole", "begun", "complete", "differs", "error",
     )  # fmt: skip
 
     def __init__(self, path: str, body: Mapping[str, Any]) -> None:
@@ -54,12 +64,12 @@ class Stream:
         options = body.get("stream_options")
         self._continuous = bool(isinstance(options, dict) and options.get("continuous_usage_stats"))
         self._keeps_ids = bool(body.get(IDS_FIELD))
-        self._held = -1
+        self._held = held_back(body)
         self._prompt: bytes | None = None
         self._cut_prompt = False
         self._generated = bytearray()
         self._recent: deque[bytes | Told] = deque()
-        self._recent_bytes = 0
+        self._fresh = 0
         self._whole = True
         self._rest = b""
         self._first: dict[str, Any] | None = None
@@ -119,28 +129,50 @@ class Stream:
         return data
 
     def _keep(self, one: bytes | Told) -> None:
-        recent = self._recent
-        if isinstance(one, bytes):
-            if len(one) > _RECENT_BYTES:
-                one = self._last_events(one)
-            self._recent_bytes += len(one)
-        recent.append(one)
-        while len(recent) > _RECENT or (self._recent_bytes > _RECENT_BYTES and len(recent) > 1):
-            gone = recent.popleft()
-            if isinstance(gone, bytes):
-                self._recent_bytes -= len(gone)
-            self._whole = False
+        self._recent.append(one)
+        self._fresh += len(one) if isinstance(one, bytes) else _TOLD + len(one.text)
+        if self._fresh > _ENOUGH:
+            self._shorten()
         self.begun = True
 
-    def _last_events(self, data: bytes) -> bytes:
-        """Give the last events of many; one at least, however long it is."""
-        at = data.find(b"\n\n", len(data) - _RECENT_BYTES) + 2
-        if at == len(data):
-            at = data.rfind(b"\n\n", 0, len(data) - 2) + 2
-        if at > 1:
+    def _shorten(self) -> None:
+        """Drop what lies before the last event behind which a continuation may begin.
+
+        Events are read from the last one back until there is one, which is soon as a rule. Of those behind it is kept
+        what they told, of neighbours their sum where none may begin there.
+        """
+        recent, after = self._recent, 0
+        kept: deque[bytes | Told] = deque()
+        later: Told | None = None
+        self._recent, self._fresh = kept, 0
+        if self._prompt is None:  # it cannot go on
+            recent.clear()
             self._whole = False
-            return data[at:]
-        return data
+        while recent:
+            one = recent.pop()
+            events: list[bytes | Told] = list(one.split(b"\n\n")) if isinstance(one, bytes) else [one]
+            for event in reversed(events):
+                try:
+                    told = self._told_by(event) if isinstance(event, bytes) else event
+                except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+                    kept.appendleft(event)  # `go_on` says that it cannot be read
+                    self._whole = False
+                    return
+                if told is None:
+                    continue
+                both = None if later is None else told.joined(later)
+                if both is None:
+                    kept.appendleft(told)
+                    later = told
+                else:
+                    kept[0] = later = both
+                if told.serves(after, self._held):
+                    self._whole = False
+                    return
+                after += len(told.text)
+        if after > _MOST:
+            kept.clear()
+            self._whole = False
 
     def _without_prompt(self, data: bytes) -> bytes:
         at = data.find(_PROMPT_IDS)
@@ -165,17 +197,21 @@ class Stream:
                 told.append(one)
                 continue
             for event in one.split(b"\n\n"):
-                if not event.startswith(b"data: {"):
-                    continue
-                chunk = orjson.loads(event[6:])
-                if self._first is None:
-                    self._first = chunk
-                said = told_by(chunk)
-                if said is None:
-                    self._usage_told = self._usage_told or chunk.get("usage") is not None
-                else:
+                said = self._told_by(event)
+                if said is not None:
                     told.append(said)
         return told
+
+    def _told_by(self, event: bytes) -> Told | None:
+        if not event.startswith(b"data: {"):
+            return None
+        chunk = orjson.loads(event[6:])
+        if self._first is None:
+            self._first = chunk
+        said = told_by(chunk)
+        if said is None:
+            self._usage_told = self._usage_told or chunk.get("usage") is not None
+        return said
 
     def go_on(self, room: int | None) -> dict[str, Any] | bytes | None:
         """Give the body of the completion that goes on, or the events that are missing where only the end is.
@@ -204,11 +240,9 @@ class Stream:
         prompt, generated = _numbers(self._prompt), _numbers(bytes(self._generated))
         if recent and recent[-1].finish:
             return self._end(len(prompt), len(generated))
-        if self._held < 0:
-            self._held = held_back(self._body)
         # Of a continuation that broke off before it had told anything new, the client has more than is in `recent`.
         unsaid, untold = ("", []) if self._rewrite is None else self._rewrite.left()
-        start = cut(recent, len(generated), self._held, self._whole, unsaid)
+        start = cut(recent, len(generated), self._held, self._whole, unsaid, tells_stops(self._body))
         if start is None:
             raise CannotGoOnError("its text lags too far behind its tokens")
         nothing = self._whole and not unsaid and not any(one.text for one in recent)
@@ -222,10 +256,8 @@ class Stream:
                 raise CannotGoOnError("how many tokens it may still have is not known")
         told = generated[start.tokens :] + untold
         self._generated = bytearray(b"".join([b"%d," % one for one in generated[: start.tokens]]))
-        recent = [*recent[: start.events], Told(0, start.unsent, None, False)]
-        self._whole = self._whole and len(recent) <= _RECENT
-        self._recent = deque(recent[-_RECENT:])
-        self._recent_bytes = 0
+        self._recent = deque([*recent[: start.events], Told(0, start.unsent, None, False)])
+        self._fresh = 0
         shows_ids = self._keeps_ids or self._body.get("logprobs") is not None
         self._rewrite = kind(self._path, first, start, len(prompt), told, shows_ids, self._keeps_ids, self._continuous)
         return body

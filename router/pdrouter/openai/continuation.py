@@ -9,7 +9,8 @@ completion would tell as text. A conversation of which nothing was said yet is a
 Text may lag behind ids: vLLM holds back what may be the beginning of a stop string, and characters whose last bytes are
 not there yet; a prompt that ends inside of a character is even answered with its whole text first. So the continuation
 begins at the last token whose text was sent for sure (an event of one id with text), and what it then repeats is
-compared with what was sent and dropped.
+compared with what was sent and dropped. Where stop strings are told too, text does not lag; but an engine looks for
+them only in what it generates itself, so the continuation begins before whatever may be the beginning of one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,12 +83,18 @@ def why_not(path: str, body: Mapping[str, Any]) -> str | None:
 
 
 def held_back(body: Mapping[str, Any]) -> int:
-    """Give how many characters vLLM's text lags behind its tokens because of stop strings."""
+    """Give how many characters at the end of a text may be the beginning of a stop string.
+
+    By so many vLLM's text lags behind its tokens, unless stop strings are told too (`tells_stops`).
+    """
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
-    if not stops or body.get("include_stop_str_in_output"):
-        return 0
-    return max((len(one) for one in stops if isinstance(one, str)), default=1) - 1
+    return max((len(one) for one in stops if isinstance(one, str) and one), default=1) - 1
+
+
+def tells_stops(body: Mapping[str, Any]) -> bool:
+    """Whether stop strings are told too, so that no text is held back because of them."""
+    return bool(body.get("include_stop_str_in_output"))
 
 
 class Told:
@@ -104,6 +111,17 @@ class Told:
         self.offset = offset
         self.finish = finish
         self.parsed = parsed
+
+    def serves(self, after: int, held: int) -> bool:
+        """Whether a continuation may begin behind it: `after` characters were told since, `held` may lag."""
+        return self.ids == 1 and after >= held and self.text != ""
+
+    def joined(self, later: "Told") -> "Told | None":
+        """Give it and the next one as one, unless a continuation may begin behind one of them."""
+        both = Told(
+            self.ids + later.ids, self.text + later.text, later.offset, later.finish, self.parsed or later.parsed
+        )
+        return None if any(one.serves(0, 0) for one in (self, later, both)) else both
 
 
 def told_by(chunk: Mapping[str, Any]) -> Told | None:
@@ -141,15 +159,18 @@ class Cut:
         self.offset = offset
 
 
-def cut(recent: Sequence[Told], generated: int, held: int, whole: bool, unsaid: str = "") -> Cut | None:
+def cut(
+    recent: Sequence[Told], generated: int, held: int, whole: bool, unsaid: str = "", tells: bool = False
+) -> Cut | None:
     """Find where to begin.
 
     Args:
         recent: the last events, oldest first.
         generated: how many ids there are in all.
-        held: characters by which text lags (`held_back`).
+        held: characters that may be the beginning of a stop string (`held_back`).
         whole: whether `recent` is the whole stream.
         unsaid: what the client has beyond the text of `recent`.
+        tells: whether it has those `held` characters, too (`tells_stops`).
 
     Returns:
         None when the place lies before `recent`.
@@ -158,8 +179,9 @@ def cut(recent: Sequence[Told], generated: int, held: int, whole: bool, unsaid: 
     tokens = generated
     for number in range(len(recent) - 1, -1, -1):
         told = recent[number]
-        if told.text and told.ids == 1 and len(after) >= held:
-            return Cut(tokens, number + 1, after[:held], after[held:], told.offset or 0)
+        if told.serves(len(after), held):
+            lag = 0 if tells else held
+            return Cut(tokens, number + 1, after[:lag], after[lag:], told.offset or 0)
         tokens -= told.ids
         after = told.text + after
     return Cut(0, 0, "", after, 0) if whole else None
