@@ -15,7 +15,22 @@ from pdrouter import app
 from pdrouter.fleet.engine import Role
 from pdrouter.handoff import edges, release
 from pdrouter.handoff.retries import ALWAYS, RESERVE, SHARE
-from router.fakes import TICKET, Answer, Bed, Behaviour, FakeEngine, Out, Seen, answer_to, routed, run, until, wire
+from router.fakes import (
+    TICKET,
+    Answer,
+    Bed,
+    Behaviour,
+    FakeEngine,
+    Out,
+    Seen,
+    answer_to,
+    decode,
+    event,
+    routed,
+    run,
+    until,
+    wire,
+)
 from router.generation import CHAT, Heard, answer, heard, prompt_ids
 
 COMPLETIONS = "/v1/completions"
@@ -282,7 +297,8 @@ def test_a_stream_that_could_not_go_on_elsewhere_begins_there_while_its_client_h
     run(main)
 
 
-def test_a_first_event_that_tells_the_clients_own_fault_is_its_answer() -> None:
+@pytest.mark.parametrize("fields", [{"frequency_penalty": 0.5}, {"n": 2}])
+def test_a_first_event_that_tells_the_clients_own_fault_is_its_answer(fields: dict[str, Any]) -> None:
     async def main() -> None:
         async with fleet(1, 2) as bed:
 
@@ -292,7 +308,7 @@ def test_a_first_event_that_tells_the_clients_own_fault_is_its_answer() -> None:
                 await out.end()
 
             bed.decodes[0].behave = bed.decodes[1].behave = refuse
-            told = await bed.complete(stream=True, frequency_penalty=0.5)
+            told = await bed.complete(stream=True, **fields)
             assert (told.status, told.error["message"]) == (400, "no such grammar")
             assert len(seen_by(bed.decodes)) == 1
             await quiet(bed)
@@ -325,6 +341,105 @@ def test_what_is_no_event_is_passed_on_all_the_same(size: int) -> None:
             rest = await reader.readuntil(b"0\r\n\r\n")
             assert rest.count(b"x") == size
             writer.close()
+
+    run(main)
+
+
+# an engine that gives up what it has under way, and says so in good order
+
+
+def gave_up(event: bytes) -> bytes:
+    """Make an event one that tells that the engine was paused, put to sleep or shut down."""
+    chunk = json.loads(event[6:])
+    chunk["choices"][0] |= {"token_ids": [], "finish_reason": "abort", "stop_reason": None}
+    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+
+
+def give_up(after: int) -> Behaviour:
+    """Do what vLLM does when it is paused after so many events of a stream."""
+
+    async def behave(seen: Seen, out: Out) -> None:
+        if not seen.body.get("stream"):
+            choices = [{"index": 0, "text": "<x", "finish_reason": "abort", "stop_reason": None}]
+            await out.json(json.dumps(answer_to(seen, choices=choices), separators=(",", ":")).encode())
+            return
+        events = answer(seen.target, seen.body, "r1")
+        await out.events()
+        await out.chunk(b"".join([*events[:after], gave_up(events[after]), b"data: [DONE]\n\n"]))
+        await out.end()
+
+    return behave
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_stream_that_its_engine_gives_up_in_good_order_goes_on_elsewhere(path: str, after: int) -> None:
+    async def main() -> None:
+        async with fleet(1, 2) as bed:
+            bed.decodes[0].behave = bed.decodes[1].behave = once(give_up(max(after, path == CHAT)), generate())
+            asked = {"prompt": "x"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "x"}]}
+            body = {"model": "tiny", "max_tokens": 9, "stream": True, "ignore_eos": True} | asked
+            told = heard((await bed.post(path, body, x_request_id="r1")).body)
+            right = undisturbed(path, body, "r1")
+            assert (told.text, told.ends, told.done) == (right.text, right.ends, 1)
+            assert [len(one.seen) for one in bed.decodes] == [1, 1]
+            await quiet(bed)
+
+    run(main)
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 2}, {"stream": True, "frequency_penalty": 0.5}])
+def test_an_answer_that_its_engine_gives_up_in_good_order_is_given_by_another(fields: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with fleet(1, 2) as bed:
+            bed.decodes[0].behave = bed.decodes[1].behave = once(give_up(0), generate())
+            body = {"model": "tiny", "prompt": "x", "max_tokens": 9, "ignore_eos": True} | fields
+            told = await bed.post(COMPLETIONS, body, x_request_id="r1")
+            assert (told.status, told.complete) == (200, True)
+            assert b'"abort"' not in told.body
+            assert [len(one.seen) for one in bed.decodes] == [1, 1]
+            assert sorted(engine.failures for engine in bed.router.fleet.engines[Role.DECODE]) == [0, 1]
+            await quiet(bed)
+
+    run(main)
+
+
+def test_an_answer_that_every_engine_gives_up_is_an_error() -> None:
+    async def main() -> None:
+        async with fleet(1, 2) as bed:
+            for one in bed.decodes:
+                one.behave = give_up(0)
+            told = await bed.complete()
+            assert (told.status, told.error["leg"]) == (500, "decode")
+            await quiet(bed)
+
+    run(main)
+
+
+# a stream by one engine
+
+
+async def break_off_after_a_piece_of_the_first_event_of_two(seen: Seen, out: Out) -> None:
+    await out.events()
+    await out.chunk(event(seen, 0, "wrong")[:-2])
+    await asyncio.sleep(0.02)
+    out.cut()
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [tell_an_error_event, tell_an_error_event_in_pieces, break_off_after_a_piece_of_the_first_event_of_two, give_up(0)],
+)
+def test_a_stream_by_one_engine_begins_elsewhere_while_its_client_has_nothing(failure: Behaviour) -> None:
+    async def main() -> None:
+        async with fleet(1, 2) as bed:
+            bed.decodes[0].behave = bed.decodes[1].behave = once(failure, decode)
+            told = await bed.complete(stream=True, n=2)
+            assert (told.status, told.complete) == (200, True)
+            assert [one["choices"][0]["text"] for one in told.events] == ["<hi>0", "<hi>1", "!"]
+            assert [len(one.seen) for one in bed.decodes] == [1, 1]
+            assert sorted(engine.failures for engine in bed.router.fleet.engines[Role.DECODE]) == [0, 1]
+            await quiet(bed)
 
     run(main)
 

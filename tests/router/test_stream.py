@@ -38,6 +38,22 @@ def test_a_stream_goes_on_alike_however_many_events_come_at_once(count: int, tex
     assert fed([b"".join(each[at : at + at_once]) for at in range(0, count, at_once)]).go_on(None) == one_by_one
 
 
+def test_an_event_in_which_the_engine_gives_up_is_dropped_with_all_after_it():
+    told, last = events(2)
+    abort = last.replace(b'"finish_reason":null', b'"finish_reason":"abort"')
+    stream = fed([])
+    assert stream.feed(told + abort + b"data: [DONE]\n\n") == told.replace(b"[0]", b"null").replace(b"[7,8,9]", b"null")
+    assert stream.error is not None
+    assert (stream.generated, stream.complete) == (1, False)
+
+
+def test_a_text_that_tells_of_an_engine_that_gave_up_is_a_text():
+    said = json.dumps({"text": '"finish_reason":"abort"', "token_ids": [5]}, separators=(",", ":")).encode()
+    stream = fed(events(1))
+    stream.feed(b'data: {"choices":[' + said + b"]}\n\n")
+    assert (stream.error, stream.generated) == (None, 2)
+
+
 def test_of_a_slow_clients_stream_little_is_kept():
     """Its events come hundreds at a time: as much as one read takes."""
     stream = Stream("/v1/completions", {"prompt": "abc", "stream": True})

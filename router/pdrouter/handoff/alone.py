@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.handoff.desk import Desk
 from pdrouter.handoff.failure import Failure, leg_failure
-from pdrouter.handoff.legs import LARGEST
+from pdrouter.handoff.legs import LARGEST, EngineEventError, told_first
 from pdrouter.handoff.pair import Sink, no_engine
 from pdrouter.handoff.retries import EACH
+from pdrouter.handoff.stream import ABORT, ABORTED
 from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
 from pdrouter.openai.features import Prompt
@@ -20,7 +21,8 @@ from pdrouter.upstream.pool import Call
 class Alone:
     """Asks a decode engine and passes its answer on.
 
-    An answer that is no stream is collected first, so that another engine can be asked when this one fails.
+    An answer that is no stream is collected first, and of a stream of text the first event, so that another engine can
+    be asked when this one fails.
     """
 
     __slots__ = (
@@ -118,8 +120,30 @@ class Alone:
             return
         self._pieces.append(data)
         self._size += len(data)
-        if self._status < 500 and (self._streams or self._size > LARGEST):
+        if self._status >= 500:
+            return
+        if self._streams and self._status == 200 and self._record.generation:
+            self._pieces = [b"".join(self._pieces)]
+            error = told_first(self._pieces[0])
+            if error:
+                self._told_error(error)
+            elif error is not None:
+                self._pass()
+        elif self._streams or self._size > LARGEST:
             self._pass()
+
+    def _told_error(self, event: bytes) -> None:
+        """Ask another engine instead of passing on that this one has failed."""
+        engine, call = self._engine, self._call
+        assert engine is not None
+        self._call = None
+        if call is not None:
+            call.abort()
+        error = EngineEventError(f"{engine.url} ended its answer with an error", event)
+        self._way.failed(error.reason)
+        self._desk.fleet.ended(engine, error.status)
+        if error.status < 500 or not self._may_try():
+            self._settle_failed(Failure(error.status, event, Role.DECODE, f"status_{error.status}"))
 
     def _pass(self) -> None:
         self._passes = True
@@ -131,6 +155,9 @@ class Alone:
     def end(self) -> None:
         """Pass on a whole answer, unless another engine may have a better one."""
         self._call = None
+        if self._record.generation and not self._passes and ABORTED in b"".join(self._pieces):
+            self._told_error(ABORT)
+            return
         self._way.ended(self._status)
         if self._engine is not None:
             self._desk.fleet.ended(self._engine, self._status)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import orjson
 
 from pdrouter.fleet.engine import Engine
-from pdrouter.handoff.stream import ERROR, Stream
+from pdrouter.handoff.stream import ABORT, ABORTED, ERROR, Stream
 from pdrouter.upstream.connection import Headers
 from pdrouter.upstream.errors import ClosedError, StalledError, UpstreamError
 from pdrouter.upstream.pool import Call
@@ -58,7 +58,7 @@ class Handoff:
 
 
 class EngineEventError(UpstreamError):
-    """The engine ended its stream with an error event; `event` is the event's JSON."""
+    """The engine ended its answer with an error event, or as if with one; `event` is the event's JSON."""
 
     reason: ClassVar[str] = "error_event"
 
@@ -74,6 +74,21 @@ class EngineEventError(UpstreamError):
         except (orjson.JSONDecodeError, KeyError, TypeError):
             return 500
         return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+
+def told_first(data: bytes) -> bytes | None:
+    """Read the beginning of a stream.
+
+    Returns:
+        The JSON of an error that is all the client would get, empty bytes where it begins well, None while its first
+        event is not whole and may still be held.
+    """
+    end = data.find(b"\n\n")
+    if end < 0 and len(data) <= LEARNT:
+        return None
+    if data.startswith(ERROR):
+        return data[6:] if end < 0 else data[6:end]
+    return ABORT if ABORTED in data else b""
 
 
 class OtherStreamError(UpstreamError):
@@ -165,7 +180,7 @@ class DecodeLeg:
 
     Nothing is passed on before there is a first event of a stream, and an answer that is no stream not before it is
     complete: until then another engine can take over without the client noticing anything but time. A first event that
-    tells an error is such a failure.
+    tells an error is such a failure, and so is an answer that its engine ended early.
     """
 
     __slots__ = (
@@ -232,11 +247,11 @@ class DecodeLeg:
             return
         if self._pieces:
             data = self._pieces.pop() + data
-        end = data.find(b"\n\n")
-        if end < 0 and len(data) <= LEARNT:  # what is longer is passed on as it comes
+        error = told_first(data)
+        if error is None:
             self._pieces.append(data)
-        elif data.startswith(ERROR):
-            self._error_event(data[6:] if end < 0 else data[6:end])
+        elif error:
+            self._error_event(error)
         else:
             self._pass_on(data)
 
@@ -247,7 +262,7 @@ class DecodeLeg:
         self.body(data)
 
     def _error_event(self, event: bytes) -> None:
-        message = f"{self.engine.url} ended its stream with an error"
+        message = f"{self.engine.url} ended its answer with an error"
         self._handoff.decode_failed(self.engine, EngineEventError(message, event))
 
     def _begin(self) -> None:
@@ -292,6 +307,9 @@ class DecodeLeg:
         if self._whole:
             pieces = self._pieces
             whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if ABORTED in whole:
+                self._error_event(ABORT)
+                return
             self._begin()
             self._passed(whole)
             if self._learns and len(whole) <= LEARNT:

@@ -22,11 +22,15 @@ from pdrouter.openai.continuation import (
     tells_stops,
     told_by,
 )
+from pdrouter.openai.errors import error_body
 
 DONE = b"data: [DONE]\n\n"
 _IDS = b'"token_ids":['
 _PROMPT_IDS = b'"prompt_token_ids":['
 ERROR = b'data: {"error":'
+# vLLM ends what it has under way like this when it is paused, put to sleep or shut down. In a text, quotes are escaped.
+ABORTED = b'"finish_reason":"abort"'
+ABORT = error_body(500, "The decode engine ended the request before it was complete.", "decode")
 _ENOUGH = 16384  # bytes of events after which it is looked at which of them are needed
 _MOST = 262144  # characters without a place to go on from, which no ordinary stream has
 _TOLD = 256  # bytes that are counted for an event that was read
@@ -90,8 +94,8 @@ class Stream:
     def feed(self, data: bytes) -> bytes:
         """Take bytes of an engine's answer; give what goes to the client, whole events only.
 
-        After an error event `error` is set, after a continuation that contradicts what the client has `differs`; what
-        follows is dropped.
+        After an error event, or one that tells that the engine gave up, `error` is set, after a continuation that
+        contradicts what the client has `differs`; what follows is dropped.
         """
         if self._rest:
             data = self._rest + data
@@ -102,6 +106,10 @@ class Stream:
                 self._rest = data
                 return b""
             self._rest, data = data[end + 2 :], data[: end + 2]
+        at = data.find(ABORTED)
+        if at >= 0:
+            before, gap, _ = data[:at].rpartition(b"\n\n")
+            data = b"%b%bdata: %b\n\n" % (before, gap, ABORT)
         at = data.find(ERROR)
         if at >= 0:
             self.error = data[at + 6 : data.find(b"\n\n", at)]
