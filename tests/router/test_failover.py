@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pdrouter import app
+from pdrouter.discovery.found import Found
 from pdrouter.fleet.engine import Role
 from pdrouter.handoff import edges, release
 from pdrouter.handoff.retries import ALWAYS, RESERVE, SHARE
@@ -719,6 +720,29 @@ def test_a_stream_that_cannot_go_on_ends_with_an_error_event_and_never_silently(
     run(main)
 
 
+@pytest.mark.parametrize("field", [b'"choices":[', b'"prompt_token_ids":['])
+def test_a_stream_ends_with_an_error_event_when_an_event_that_its_engine_told_cannot_be_read(field: bytes) -> None:
+    async def main() -> None:
+        async with fleet(1, 2) as bed:
+
+            async def tell_it_and_die(seen: Seen, out: Out) -> None:
+                odd = b'"x",' if field == b'"choices":[' else b"["
+                await out.events()
+                await out.chunk(answer(seen.target, seen.body, "r1")[0].replace(field, field + odd))
+                await asyncio.sleep(0.02)
+                out.cut()
+
+            bed.decodes[0].behave = bed.decodes[1].behave = tell_it_and_die
+            told = await bed.complete(stream=True)
+            assert not told.complete
+            error = json.loads(told.body.split(b"\n\n")[-2][6:])["error"]
+            assert error["code"] == 502
+            assert "cannot be read" in error["message"]
+            await quiet(bed)
+
+    run(main)
+
+
 def test_a_sampled_stream_that_another_engine_would_tell_otherwise_ends_with_an_error_event() -> None:
     """Several tokens in the last event: they would be drawn anew, and are not the ones that the client has."""
 
@@ -1183,6 +1207,27 @@ def test_an_engine_that_wants_another_key_has_not_taken_a_ticket_back(monkeypatc
     run(main)
 
 
+def test_a_ticket_that_a_frozen_decode_engine_does_not_take_back_is_given_back_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(release, "_PATIENCE", 0.2)
+
+    async def main() -> None:
+        async with fleet(1, 2) as bed:
+            for _ in range(2):
+                await bed.complete()  # all have met
+            first = bed.router.fleet.healthy(Role.DECODE)[0]
+            frozen = next(one for one in bed.decodes if one.url == first.url)
+            bed.decodes[0].behave = bed.decodes[1].behave = hang
+            await leave(bed, {}, lambda: len(seen_by(bed.decodes)) > 2 and [setattr(frozen, "silent", True)])
+            await until(lambda: given_back(bed), "it is given back")
+            assert not frozen.released
+            await quiet(bed)
+            assert ended(bed) == {"collected": 2, "released": 1}
+
+    run(main)
+
+
 def test_a_client_that_leaves_between_the_legs_gives_its_ticket_back_at_once() -> None:
     async def main() -> None:
         async with fleet(1, 1) as bed:
@@ -1490,6 +1535,97 @@ def test_an_engine_whose_core_hangs_is_given_up_although_its_health_is_fine(role
             if stream:
                 assert heard(told.body) == undisturbed(COMPLETIONS, body, "r1")
             assert [one["breaker_open"] for one in await bed.workers()].count(True) == 1
+            await quiet(bed)
+
+    run(main)
+
+
+async def take_out(bed: Bed, url: str, how: str) -> None:
+    """Let an engine leave the fleet, or become another one, as a source knows it by a name that outlives a restart."""
+    fleet = bed.router.fleet
+    engine = next(one for one in fleet if one.url == url)
+    if how == "removed":
+        assert (await bed.admin("POST", "/remove_worker", json.dumps({"url": url}).encode())).status == 200
+    else:
+        fleet.report("dns", [Found(url, "pod-7", engine.role)])
+    assert engine not in list(fleet)
+
+
+@pytest.mark.parametrize("how", ["removed", "named by a second source"])
+@pytest.mark.parametrize("kind", ["prefill", "stream", "whole answer"])
+def test_a_request_goes_elsewhere_when_its_engine_leaves_the_fleet_and_its_core_hangs_then(kind: str, how: str) -> None:
+    async def main() -> None:
+        async with fleet(2, 2, stall_timeout_secs=0.4, health_interval_secs=0.1) as bed:
+            stream = kind == "stream"
+
+            async def begin_and_hang(seen: Seen, out: Out) -> None:
+                if stream:
+                    await out.events()
+                    await out.chunk(b"".join(answer(seen.target, seen.body, "r1")[:4]))
+                await asyncio.sleep(60)
+
+            engines = bed.prefills if kind == "prefill" else bed.decodes
+            behave = once(begin_and_hang, issue() if kind == "prefill" else generate())
+            for one in engines:
+                one.behave, one.generated = behave, 7
+            body = {"model": "tiny", "prompt": "x", "max_tokens": 9, "stream": stream, "ignore_eos": True}
+            asking = asyncio.ensure_future(bed.post(COMPLETIONS, body, x_request_id="r1"))
+            await until(lambda: seen_by(engines), "one has it")
+            await take_out(bed, next(one.url for one in engines if one.seen), how)
+            told = await asking
+            assert told.status == 200
+            if stream:
+                assert heard(told.body) == undisturbed(COMPLETIONS, body, "r1")
+            await until(lambda: not bed.router.pool.engines(), "nothing is under way")
+
+    run(main)
+
+
+@pytest.mark.parametrize("how", ["removed", "named by a second source"])
+def test_a_request_goes_elsewhere_when_its_engine_leaves_the_fleet_and_stops_answering_its_health_then(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an answer in one piece, of an engine that has no counters: only its health can tell."""
+    monkeypatch.setattr(app, "_HEALTH_TIMEOUT", 0.3)
+
+    async def main() -> None:
+        async with fleet(1, 2, health_interval_secs=0.1) as bed:
+            bed.decodes[0].behave = bed.decodes[1].behave = once(hang, generate())
+            asking = asyncio.ensure_future(bed.complete())
+            await until(lambda: seen_by(bed.decodes), "one has it")
+            stopped = next(one for one in bed.decodes if one.seen)
+            await take_out(bed, stopped.url, how)
+            stopped.silent = True
+            assert (await asking).status == 200
+
+    run(main)
+
+
+def test_an_engine_that_left_the_fleet_is_checked_until_its_last_request_ends_and_comes_up_no_more() -> None:
+    async def main() -> None:
+        async with fleet(1, 2, health_interval_secs=0.05) as bed:
+            go_on = asyncio.Event()
+
+            async def dawdle(seen: Seen, out: Out) -> None:
+                await go_on.wait()
+                await generate()(seen, out)
+
+            bed.decodes[0].behave = bed.decodes[1].behave = dawdle
+            asking = asyncio.ensure_future(bed.complete())
+            await until(lambda: seen_by(bed.decodes), "one has it")
+            url = next(one.url for one in bed.decodes if one.seen)
+            engine = next(one for one in bed.router.fleet if one.url == url)
+            assert url in await bed.metrics()
+            await take_out(bed, url, "removed")
+            bed.router.fleet.mark(engine, False, "test")
+            before = engine.heard
+            await until(lambda: engine.heard > before + 2, "it is checked on")
+            assert not engine.healthy
+            assert url not in [one["url"] for one in await bed.workers()]
+            assert url not in await bed.metrics()
+            go_on.set()
+            assert (await asking).status == 200
+            await until(lambda: engine not in bed.router._health._probes, "it is checked no more")
             await quiet(bed)
 
     run(main)

@@ -96,6 +96,10 @@ class Call:
     def abort(self) -> None:
         self.over()
 
+    def fail(self, error: UpstreamError) -> None:
+        self.abort()
+        self.receiver.failed(error)
+
     def pause(self) -> None: ...
 
     def resume(self) -> None: ...

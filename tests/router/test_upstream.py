@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
+from pdrouter import app
+from pdrouter.fleet.engine import Role
 from pdrouter.fleet.health import Probe
 from pdrouter.upstream.connection import EngineConnection
 from pdrouter.upstream.errors import ExhaustedError, UpstreamError
-from router.fakes import routed, run, until
+from router.fakes import Out, Seen, routed, run, until
+from router.generation import answer
+from router.test_failover import fleet, generate, hang, once, reset
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
 
@@ -94,6 +98,72 @@ def test_a_bug_in_the_router_fails_the_request_instead_of_hanging_it(
     assert [error.reason for error in receiver.failures] == ["router_failure"]
     assert call.ended >= 1
     assert "a request failed in the router itself" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode", "stream", "alone", "silent"])
+def test_a_bug_in_what_the_router_does_about_a_failure_ends_the_request_instead_of_hanging_it(kind: str) -> None:
+    async def main() -> None:
+        async with fleet(1, 2, stall_timeout_secs=0.3) as bed:
+
+            async def begin_and_reset(seen: Seen, out: Out) -> None:
+                await out.events()
+                await out.chunk(b"".join(answer(seen.target, seen.body, "r1")[:4]))
+                await reset(seen, out)
+
+            behave = {"stream": begin_and_reset, "silent": hang}.get(kind, reset)
+            for one in [bed.prefill] if kind == "prefill" else bed.decodes:
+                one.behave, one.generated = behave, 7
+            bed.router.fleet.failed = None  # type: ignore[assignment,method-assign]
+            told = await bed.complete(
+                stream=kind == "stream", **({"echo": True, "logprobs": 1} if kind == "alone" else {})
+            )
+            error = told.events[-1]["error"] if kind == "stream" else told.error
+            assert (told.complete, error["code"], error["type"]) == (kind != "stream", 500, "InternalServerError")
+            await until(lambda: not bed.router.pool.engines(), "nothing is under way")
+            assert bed.router.desk.admission.running == 0
+
+    run(main)
+
+
+def once_broken(function: Any) -> Any:
+    """Fail the first call, as a bug would."""
+    broken = [True]
+
+    def call(*told: Any) -> Any:
+        if broken:
+            broken.pop()
+            raise RuntimeError("a bug")
+        return function(*told)
+
+    return call
+
+
+def test_a_bug_met_while_one_engine_is_given_up_ends_the_watch_over_none() -> None:
+    async def main() -> None:
+        async with fleet(1, 2, stall_timeout_secs=0.3) as bed:
+            bed.decodes[0].behave = bed.decodes[1].behave = once(hang, generate())
+            stalled = bed.router.fleet.stalled
+            bed.router.fleet.stalled = once_broken(stalled)  # type: ignore[method-assign]
+            assert (await bed.complete(stream=True)).complete
+
+    run(main)
+
+
+def test_a_bug_met_while_an_engine_is_marked_as_down_does_not_end_its_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "_HEALTH_TIMEOUT", 0.2)
+
+    async def main() -> None:
+        async with fleet(1, 1, health_interval_secs=0.05) as bed:
+            engine = bed.router.fleet.engines[Role.DECODE][0]
+            mark = bed.router.fleet.mark
+            bed.router.fleet.mark = once_broken(mark)  # type: ignore[method-assign]
+            bed.decode.silent = True
+            bed.decode.hang_up()
+            await until(lambda: not engine.healthy, "it is down")
+            bed.decode.silent = False
+            await until(lambda: engine.healthy, "it is up again")
+
+    run(main)
 
 
 def test_engines_that_cannot_be_checked_for_want_of_open_files_are_not_taken_for_dead(

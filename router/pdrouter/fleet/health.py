@@ -1,12 +1,14 @@
 """Whether engines answer: `GET /health` about once a second, and now and then what they are and serve.
 
 A failed connection of a real request marks an engine down at once (`Fleet.mark`); only a successful check here marks
-it up again.
+it up again. One that has left the fleet is asked as long as it has requests, for nothing else would tell that it died
+over them; it comes up no more.
 """
 
 import asyncio
 import logging
 import random
+from collections.abc import Callable
 
 import orjson
 
@@ -43,10 +45,18 @@ class Probe:
         self._chunks: list[bytes] = []
         self._call: Call | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._over: Callable[[Engine], object] | None = None
 
     def start(self) -> None:
         """Ask now."""
-        self._ask("/health")
+        if self._over is not None and not self._pool.open(self._engine):
+            self._over(self._engine)
+        else:
+            self._ask("/health")
+
+    def leave(self, over: Callable[[Engine], object]) -> None:
+        """Ask on, though the engine has left, until it has no calls under way any more; then `over` is told."""
+        self._over = over
 
     def stop(self) -> None:
         """Ask no more."""
@@ -68,11 +78,12 @@ class Probe:
         if self._call is not None:
             self._call.abort()
         why = f"no_answer_within_{self._timeout:g}s"
-        if self._engine.heard == self._heard:
+        silent = self._engine.heard == self._heard
+        self._down(why)
+        if silent:
             # Not a byte, to anybody, for as long as a check may take: the process is stopped or cut off.
             self._fleet.mark(self._engine, False, why)
             self._pool.give_up(self._engine, StalledError(f"{self._engine.url} gives no answer, not even to /health"))
-        self._down(why)
 
     def head(self, status: int, headers: Headers) -> None:
         """Take the status."""
@@ -84,7 +95,9 @@ class Probe:
 
     def end(self) -> None:
         """Judge the answer."""
-        if self._path != "/health":
+        if self._over is not None:
+            self._again()  # it lives, which is all that still matters
+        elif self._path != "/health":
             self._learn()
             following = _FACTS[self._path]
             if following:
@@ -138,11 +151,11 @@ class Probe:
             self._fleet.grouped(engine, ", ".join(facts))
 
     def _down(self, why: str) -> None:
+        self._again()  # first: no bug in those that hear of the mark may end the checks
         self._failures += 1
         # One lost check may be a busy engine; an engine that refuses connections is down.
-        if self._failures > 1 or why == "connect":
+        if self._over is None and (self._failures > 1 or why == "connect"):
             self._fleet.mark(self._engine, False, why)
-        self._again()
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -173,8 +186,11 @@ class Health:
         probe.start()
 
     def left(self, engine: Engine) -> None:
-        """Ask it no more."""
-        self._probes.pop(engine).stop()
+        """Ask it no more, but as long as it has calls under way."""
+        if self._pool.open(engine):
+            self._probes[engine].leave(self._probes.pop)
+        else:
+            self._probes.pop(engine).stop()
 
     def stop(self) -> None:
         """Stop asking."""

@@ -8,6 +8,8 @@ the least rate that is believed.
 A decode engine may be silent and work: on answers of which nothing is heard before they are complete, or on those of
 the router's other processes. Then its counters tell (`pdrouter.fleet.pulse`): it is given up when they have stood still
 for as long. An engine without them gets the benefit of the doubt.
+
+Engines that have left the fleet are looked at as long as they have requests, which hang as any other's would.
 """
 
 import asyncio
@@ -43,7 +45,7 @@ class Stall:
         Args:
             loop: keeps the time.
             fleet: whose engines are looked at.
-            pool: knows what they have under way.
+            pool: knows what they have under way, and which others have anything.
             seconds: how long an engine may be silent that owes bytes.
         """
         self._loop = loop
@@ -74,10 +76,11 @@ class Stall:
         return _Owes.PERHAPS if unseen else _Owes.SOON
 
     def _look(self) -> None:
+        self._timer = self._loop.call_later(_EVERY, self._look)  # first: no bug below may end the watch
         now = self._loop.time()
         last, self._last = self._last, {}
         pulses, self._pulses = self._pulses, {}
-        for engine in self._fleet:
+        for engine in dict.fromkeys((*self._fleet, *self._pool.engines())):
             engine.heard_before, engine.heard_then = engine.heard_then, engine.heard
             owes = self._owes(engine)
             if owes is _Owes.NOTHING:
@@ -94,7 +97,6 @@ class Stall:
                 self._give_up(engine, stood)
         for pulse in pulses.values():  # of engines that have been heard, owe nothing or are gone
             pulse.stop()
-        self._timer = self._loop.call_later(_EVERY, self._look)
 
     def _stood(self, engine: Engine, pulses: dict[Engine, Pulse], now: float) -> float:
         """Give how long a silent engine's counters have stood still, as far as is known."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.handoff.desk import Desk
-from pdrouter.handoff.failure import Failure, leg_failure
+from pdrouter.handoff.failure import Failure, leg_failure, router_failure
 from pdrouter.handoff.legs import LARGEST, EngineEventError, told_first
 from pdrouter.handoff.pair import Sink, no_engine
 from pdrouter.handoff.retries import EACH
@@ -14,7 +14,7 @@ from pdrouter.observe.record import Record
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.legs import salted
 from pdrouter.upstream.connection import Headers
-from pdrouter.upstream.errors import ConnectError, UpstreamError
+from pdrouter.upstream.errors import ConnectError, DeadEndError, UpstreamError
 from pdrouter.upstream.pool import Call
 
 
@@ -170,6 +170,10 @@ class Alone:
 
     def failed(self, error: UpstreamError) -> None:
         """Ask another engine when the client has seen nothing yet, else tell."""
+        if isinstance(error, DeadEndError):
+            self._settled = True
+            self._sink.failed(router_failure())
+            return
         self._call = None
         self._way.failed(error.reason)
         engine = self._engine

@@ -27,6 +27,11 @@ def leg_failure(status: int, leg: str, reason: str, message: str, headers: bytes
     return Failure(status, error_body(status, message, leg), leg, reason, headers)
 
 
+def router_failure() -> Failure:
+    """Tell that the router itself failed."""
+    return leg_failure(500, "router", "router_failure", "The request failed in the router itself; its log tells why.")
+
+
 def engine_failure(status: int, body: bytes, headers: list[tuple[bytes, bytes]], leg: str, url: str) -> Failure:
     """Make a failure of an engine's answer: its own JSON as it is, anything else wrapped."""
     kind = next((value for name, value in headers if name == b"content-type"), b"")

@@ -127,8 +127,7 @@ class Greeting:
     def late(self) -> None:
         """It takes too long."""
         if not self.over and self.call is not None:
-            self.call.abort()
-            self.failed(StalledError(f"{self._engine.url} does not answer"))
+            self.call.fail(StalledError(f"{self._engine.url} does not answer"))
 
 
 class PrefillLeg:

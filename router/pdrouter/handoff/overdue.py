@@ -20,8 +20,8 @@ from pdrouter.fleet.page import Page
 from pdrouter.fleet.pulse import counters
 from pdrouter.fleet.scrape import values
 from pdrouter.handoff.ticket import MARGIN, Ticket
-from pdrouter.upstream.connection import Headers, Receiver
-from pdrouter.upstream.errors import LeaseEndedError, RouterFailureError, UpstreamError
+from pdrouter.upstream.connection import Headers, Receiver, tell_own_failure
+from pdrouter.upstream.errors import LeaseEndedError, UpstreamError
 from pdrouter.upstream.pool import Call, Pool
 
 _log = logging.getLogger(__name__)
@@ -106,8 +106,8 @@ class Doubt:
             if self._complete and not call.aborted:
                 receiver.end()
         except Exception:  # as where answers are read (`pdrouter.upstream.connection`): the request must not hang
-            _log.exception("a request failed in the router itself; please report this")
-            call.fail(RouterFailureError("the router failed on the engine's answer; its log tells why"))
+            call.abort()
+            tell_own_failure(receiver)
 
     def confirm(self) -> None:
         """Take the request away from decode, which may have fetched and cached what it should not."""

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 from pdrouter.deadlines import Deadlines
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.handoff.desk import Desk
-from pdrouter.handoff.failure import Failure, engine_failure, leg_failure
+from pdrouter.handoff.failure import Failure, engine_failure, leg_failure, router_failure
 from pdrouter.handoff.legs import (
     LARGEST,
     DecodeLeg,
@@ -51,7 +51,14 @@ from pdrouter.openai.continuation import IDS_FIELD, why_not
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.legs import decode_leg, encoded, prefill_leg, salted
 from pdrouter.upstream.connection import Headers
-from pdrouter.upstream.errors import ConnectError, LeaseEndedError, StalledError, TooLateError, UpstreamError
+from pdrouter.upstream.errors import (
+    ConnectError,
+    DeadEndError,
+    LeaseEndedError,
+    StalledError,
+    TooLateError,
+    UpstreamError,
+)
 from pdrouter.upstream.pool import Call
 
 
@@ -370,6 +377,9 @@ class Pair(Handoff):
 
     def prefill_failed(self, engine: Engine, error: UpstreamError) -> None:
         """Prefill has not answered."""
+        if isinstance(error, DeadEndError):
+            self._dead_end()
+            return
         if self._hedge is not None:
             self._turn_to(engine)
         self._call = None
@@ -444,6 +454,9 @@ class Pair(Handoff):
 
     def not_greeted(self, engine: Engine, error: UpstreamError) -> None:
         """A decode engine that was quiet has not answered; it has not seen the ticket, which another may have."""
+        if isinstance(error, DeadEndError):
+            self._dead_end()
+            return
         if self.state is not State.GREETING:
             return
         self._call = None
@@ -545,6 +558,9 @@ class Pair(Handoff):
 
     def decode_failed(self, engine: Engine, error: UpstreamError) -> None:
         """Decode has not answered to the end."""
+        if isinstance(error, DeadEndError):
+            self._dead_end()
+            return
         self._way.failed(error.reason)
         self._break_off()
         if self.state is State.SETTLED:
@@ -696,6 +712,11 @@ class Pair(Handoff):
         self._reserve(None)
         self._desk.waiting.wake()
         self._sink.failed(failure)
+
+    def _dead_end(self) -> None:
+        """The router itself failed on a failure, wherever that was: the sink aborts what is left of this."""
+        self.state = State.SETTLED
+        self._sink.failed(router_failure())
 
     def _count(self) -> None:
         record = self._record

@@ -2,8 +2,11 @@
 
 The wire has one way for it: a decode engine that refuses a request tells prefill to forget the request's blocks
 (`pdrouter.openai.legs.release_leg`). It must have met that prefill engine before, for a first meeting only begins to
-shake hands. A ticket that cannot be given back stays in the ledger until its lease is over.
+shake hands. One that says nothing for a second is frozen or cut off, so another is asked. A ticket that cannot be given
+back stays in the ledger until its lease is over.
 """
+
+import asyncio
 
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.fleet.fleet import Fleet
@@ -13,10 +16,11 @@ from pdrouter.handoff.ticket import Cause, Ticket
 from pdrouter.handoff.way import Way, own_request
 from pdrouter.openai.legs import release_leg
 from pdrouter.upstream.connection import Headers
-from pdrouter.upstream.errors import UpstreamError
-from pdrouter.upstream.pool import Pool
+from pdrouter.upstream.errors import StalledError, UpstreamError
+from pdrouter.upstream.pool import Call, Pool
 
 _LATER = 1.0  # seconds until engines are asked again that could not take a ticket back
+_PATIENCE = 1.0  # seconds that an engine has to refuse; parsing a request takes vLLM some milliseconds
 _SHAKEN = 0.5  # seconds in which two engines have met
 # What vLLM answers to a request that it has parsed. Who asks without the right key (401) or too often (429) is turned
 # away before that, and prefill hears nothing.
@@ -38,6 +42,8 @@ class _Giving:
         self._engine: Engine | None = None
         self._again = False
         self._status = 0
+        self._call: Call | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def send(self) -> None:
         """Ask the next engine."""
@@ -52,7 +58,19 @@ class _Giving:
             return
         self._engine = engine = self._engines.pop(0)
         request = own_request(engine, self._body, self._authorization)
-        self._release.pool.call(engine, request, self, perishable=self._ticket, counted=False)
+        pool = self._release.pool
+        self._call = pool.call(engine, request, self, perishable=self._ticket, counted=False)
+        self._timer = pool.loop.call_later(_PATIENCE, self._late)
+
+    def _late(self) -> None:
+        """An engine that is frozen would never answer: ask another."""
+        if self._call is not None and self._engine is not None:
+            self._call.fail(StalledError(f"{self._engine.url} does not answer"))
+
+    def _answered(self) -> None:
+        self._call = None
+        if self._timer is not None:
+            self._timer.cancel()
 
     def head(self, status: int, headers: Headers) -> None:
         """Take the status."""
@@ -63,6 +81,7 @@ class _Giving:
 
     def end(self) -> None:
         """To be refused is what was wanted."""
+        self._answered()
         if self._status not in _TAKEN_BACK:
             self.send()
         elif self._engine is not None and not self._again and not self._release.met(self._ticket.prefill, self._engine):
@@ -75,6 +94,7 @@ class _Giving:
 
     def failed(self, error: UpstreamError) -> None:
         """Ask another."""
+        self._answered()
         self.send()
 
 

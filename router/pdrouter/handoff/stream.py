@@ -238,14 +238,14 @@ class Stream:
             raise CannotGoOnError("the engine does not tell token ids")
         try:
             recent = self._read()
-        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+            prompt, generated = _numbers(self._prompt), _numbers(bytes(self._generated))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CannotGoOnError(f"the stream cannot be read: {error}") from None
         first = self._first
         if first is None:
             raise CannotGoOnError("it has no event that tells anything")
         if any(one.parsed for one in recent):
             raise CannotGoOnError("the engine parses reasoning or tools out of the text")
-        prompt, generated = _numbers(self._prompt), _numbers(bytes(self._generated))
         if recent and recent[-1].finish:
             return self._end(len(prompt), len(generated))
         # Of a continuation that broke off before it had told anything new, the client has more than is in `recent`.

@@ -8,7 +8,7 @@ import httptools
 
 from pdrouter.fleet.engine import Engine
 from pdrouter.outbox import Outbox
-from pdrouter.upstream.errors import ClosedError, MalformedError, RouterFailureError, UpstreamError
+from pdrouter.upstream.errors import ClosedError, DeadEndError, MalformedError, RouterFailureError, UpstreamError
 
 if TYPE_CHECKING:
     from pdrouter.upstream.pool import Call
@@ -18,6 +18,7 @@ _log = logging.getLogger(__name__)
 Headers = list[tuple[bytes, bytes]]
 _FRAMING = frozenset((b"content-length", b"transfer-encoding"))
 _BODILESS = frozenset((204, 304))
+_BUG = "a request failed in the router itself; please report this"
 
 
 class Receiver(Protocol):
@@ -33,7 +34,29 @@ class Receiver(Protocol):
         """The answer is complete."""
 
     def failed(self, error: UpstreamError) -> None:
-        """There will be no (further) answer."""
+        """There will be no (further) answer; after a `DeadEndError` nothing may be tried."""
+
+
+def tell_failure(receiver: Receiver, error: UpstreamError) -> None:
+    """Tell a receiver that there is no (further) answer.
+
+    What goes wrong with that in the router itself ends the request, which would hang otherwise, and nothing else: who
+    calls this has other requests and engines to look after.
+    """
+    try:
+        receiver.failed(error)
+    except Exception:
+        _log.exception(_BUG)
+        try:
+            receiver.failed(DeadEndError("the router failed on an engine's failure; its log tells why"))
+        except Exception:
+            _log.exception(_BUG)
+
+
+def tell_own_failure(receiver: Receiver) -> None:
+    """Tell a receiver that the router itself failed on its answer; to be called where that exception is caught."""
+    _log.exception(_BUG)
+    tell_failure(receiver, RouterFailureError("the router failed on the engine's answer; its log tells why"))
 
 
 class EngineConnection:
@@ -151,10 +174,9 @@ class EngineConnection:
         try:
             self._receive(data)
         except Exception:
-            _log.exception("a request failed in the router itself; please report this")
             self.abort()
             call.over()
-            call.receiver.failed(RouterFailureError("the router failed on the engine's answer; its log tells why"))
+            tell_own_failure(call.receiver)
 
     def _receive(self, data: bytes) -> None:
         try:
@@ -209,7 +231,10 @@ class EngineConnection:
         if self._until_close and exc is None and self._call.began:
             call, self._call = self._call, None
             call.over()
-            call.receiver.end()
+            try:
+                call.receiver.end()
+            except Exception:  # as in `data_received`
+                tell_own_failure(call.receiver)
             return
         why = f": {exc}" if exc else ""
         self._fail(ClosedError(f"{self.engine.url} closed the connection before its answer was complete{why}"))

@@ -58,3 +58,7 @@ class RouterFailureError(UpstreamError):
     """The router itself failed on an answer: a bug."""
 
     reason: ClassVar[str] = "router_failure"
+
+
+class DeadEndError(RouterFailureError):
+    """The router failed on a failure, too: there is nothing left to try, the request has to end."""

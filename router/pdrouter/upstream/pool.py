@@ -10,7 +10,7 @@ from pdrouter.fleet.engine import Engine
 from pdrouter.fleet.rows import Rows
 from pdrouter.outbox import Outbox
 from pdrouter.upstream.arrivals import Arrivals
-from pdrouter.upstream.connection import EngineConnection, Receiver
+from pdrouter.upstream.connection import EngineConnection, Receiver, tell_failure
 from pdrouter.upstream.errors import ConnectError, ExhaustedError, TooLateError, UpstreamError
 
 
@@ -52,7 +52,7 @@ class Call:
             engine.own_in_flight += 1
             engine.own_held += held
             engine.own_queued += queued
-            pool.open(engine)[self] = None
+            pool.opened(self)
             if pool.rows is not None:
                 pool.rows.changed(engine)
         connection = self._connection = pool.take(engine)
@@ -94,12 +94,12 @@ class Call:
             self._connect()
             return
         self.over()
-        self.receiver.failed(error)
+        tell_failure(self.receiver, error)
 
     def fail(self, error: UpstreamError) -> None:
         """Break it off and let the receiver know."""
         self.abort()
-        self.receiver.failed(error)
+        tell_failure(self.receiver, error)
 
     def over(self) -> None:
         """Count it as no longer in flight."""
@@ -109,7 +109,7 @@ class Call:
             engine.own_in_flight -= 1
             engine.own_held -= self._held
             engine.own_queued -= self._queued
-            del self._pool.open(engine)[self]
+            self._pool.closed(self)
             if self._pool.rows is not None:
                 self._pool.rows.changed(engine)
         self._connection = None
@@ -197,10 +197,25 @@ class Pool:
 
     def open(self, engine: Engine) -> dict[Call, None]:
         """Give the counted calls to an engine that are not over."""
-        calls = self._open.get(engine)
+        return self._open.get(engine) or {}
+
+    def engines(self) -> list[Engine]:
+        """Give the engines with counted calls that are not over, also those that have left the fleet."""
+        return list(self._open)
+
+    def opened(self, call: Call) -> None:
+        """Take up a counted call."""
+        calls = self._open.get(call.engine)
         if calls is None:
-            calls = self._open[engine] = {}
-        return calls
+            calls = self._open[call.engine] = {}
+        calls[call] = None
+
+    def closed(self, call: Call) -> None:
+        """Forget a counted call that is over."""
+        calls = self._open[call.engine]
+        del calls[call]
+        if not calls:
+            del self._open[call.engine]
 
     def perishing(self) -> Iterator[Call]:
         """Give the counted calls that are not over and carry what perishes."""
@@ -273,16 +288,16 @@ class Pool:
         """Close idle connections to an engine that is gone."""
         for connection in self._idle.pop(engine, ()):
             connection.abort()
-        if not self._open.get(engine):
-            self._open.pop(engine, None)
 
     def _close_idle(self) -> None:
         oldest = self.loop.time() - self._idle_timeout
-        for idle in self._idle.values():
+        for engine, idle in list(self._idle.items()):
             stale = [connection for connection in idle if connection.idle_since <= oldest]
             for connection in stale:
                 idle.remove(connection)
                 connection.abort()
+            if not idle:
+                del self._idle[engine]  # it may have left
         self._sweep = self.loop.call_later(1.0, self._close_idle)
 
     def close(self) -> None:
