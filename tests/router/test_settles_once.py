@@ -122,6 +122,8 @@ class Pool:
         self.open.append(call)
         return call
 
+    def suspect(self, engine: Engine) -> None: ...
+
     def left(self, engine: Engine) -> None:
         for call in [one for one in self.open if one.engine is engine]:
             call.over()

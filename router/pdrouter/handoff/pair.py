@@ -601,7 +601,7 @@ class Pair(Handoff):
             if self._desk.fleet.may_serve(engine) and engine.failures == 1:  # it served others before this
                 self._desk.edges.failed(ticket.prefill, engine, failure.reason)
             if may_wake:
-                # It may wake and fetch by this ticket, so the blocks had better stay until the lease ends; or even later.
+                # It may wake and fetch by this ticket, so the blocks had better stay until the lease ends. Or later.
                 self._desk.pool.suspect(engine)
                 ticket.handed = False
                 self._ticket = None
