@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 
 from pdctl.evals.evaluate import LM_EVAL
+from pdctl.routers.programs import vllm_router
 
 from .control_plane import die_with_parent
 
@@ -52,6 +53,8 @@ def run(start: Start, output: int) -> None:
     os.dup2(output, 2)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
+    # Installed, if need be, with the settings of this machine, which the container has not.
+    its_own = vllm_router(print) if start.command[0] == "vllm-router" else ""
     _mount(start)
     os.environ.clear()
     os.environ.update(start.environment)
@@ -66,9 +69,7 @@ def run(start: Start, output: int) -> None:
         sys.argv = [program, *arguments, *(f"{flag}={start.address}" for flag in LISTENING[program])]
         app.main()
     elif program == "vllm-router":
-        from pdctl.routers.programs import vllm_router
-
-        os.execv(vllm_router(print), [program, *(part.replace("0.0.0.0", start.address) for part in arguments)])
+        os.execv(its_own, [program, *(part.replace("0.0.0.0", start.address) for part in arguments)])
     elif program == "python3" or program in INTERPRETERS.values():
         python = sys.executable if program == "python3" else program
         os.execv(python, [python, *arguments])
