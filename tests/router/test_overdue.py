@@ -262,6 +262,21 @@ def test_a_count_that_is_told_no_longer_proves_nothing() -> None:
     run(main)
 
 
+@asynccontextmanager
+async def leases_of_others_end(bed: Bed, every: float) -> AsyncIterator[None]:
+    """Let the prefill engine count one more ended lease again and again."""
+    bed.prefill.counts = {ENDED: 0.0}
+
+    async def end() -> None:
+        while True:
+            await asyncio.sleep(every)
+            bed.prefill.counts[ENDED] += 1
+
+    ending = asyncio.create_task(end())
+    yield
+    ending.cancel()
+
+
 @pytest.mark.parametrize("own", [None, "mine"])
 def test_what_a_decode_engine_has_cached_by_then_is_used_no_more(own: str | None) -> None:
     """It may have fetched and cached foreign blocks: the only one there is decodes again, and finds none of them."""
@@ -292,22 +307,15 @@ def test_what_a_decode_engine_has_cached_by_then_is_used_no_more(own: str | None
 def test_without_service_by_decode_alone_leases_of_others_that_end_for_ever_end_a_request() -> None:
     async def main() -> None:
         async with fleet(1, 2, kv_lease_seconds=0.3, decode_only=False) as bed:
-            bed.prefill.counts = {ENDED: 0.0}
 
             async def generate_for_long(seen: Seen, out: Out) -> None:
                 await asyncio.sleep(2)
                 await out.json(answer_to(seen))
 
-            async def end_leases() -> None:
-                while True:
-                    await asyncio.sleep(0.05)
-                    bed.prefill.counts[ENDED] += 1
-
             for one in bed.decodes:
                 one.behave = generate_for_long
-            others = asyncio.create_task(end_leases())
-            told = await asked(bed, False)
-            others.cancel()
+            async with leases_of_others_end(bed, 0.05):
+                told = await asked(bed, False)
             assert (told.status, "Its leases ended" in told.body.decode()) == (504, True)
             await quiet(bed)
 
@@ -319,7 +327,6 @@ def test_leases_of_others_that_end_again_and_again_cost_a_request_time_and_no_mo
 
     async def main() -> None:
         async with fleet(1, 2, kv_lease_seconds=LEASE) as bed:
-            bed.prefill.counts = {ENDED: 0.0}
 
             async def generate_for_long(seen: Seen, out: Out) -> None:
                 for _ in range(20):
@@ -327,16 +334,10 @@ def test_leases_of_others_that_end_again_and_again_cost_a_request_time_and_no_mo
                     busy(bed, 3)
                 await out.json(answer_to(seen))
 
-            async def end_leases() -> None:
-                while True:
-                    await asyncio.sleep(LEASE / 2)
-                    bed.prefill.counts[ENDED] += 1
-
             for one in bed.decodes:
                 one.behave = generate_for_long
-            others = asyncio.create_task(end_leases())
-            told = await asked(bed, False)
-            others.cancel()
+            async with leases_of_others_end(bed, LEASE / 2):
+                told = await asked(bed, False)
             assert right(told, False)
             assert [bool(seen.body.get("kv_transfer_params")) for seen in seen_by(bed.decodes)].count(True) == 2
             assert bed.router.desk.retries.spent == 0
