@@ -21,7 +21,13 @@ from pdrouter.observe.traces import Traces
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.generated import generated_text
 from pdrouter.policies import Bypassing, Learning, Policy, RoutingKey, Scoring, Timed
-from pdrouter.upstream.errors import ConnectError, ExhaustedError, RouterFailureError, UpstreamError
+from pdrouter.upstream.errors import (
+    ConnectError,
+    ExhaustedError,
+    RouterFailureError,
+    UpstreamError,
+    VanishedError,
+)
 from pdrouter.upstream.pool import Call, Pool
 
 _BACK_OFF = (0.0, 0.05, 0.2, 0.5)  # seconds before a request is tried again
@@ -242,7 +248,7 @@ class Desk:
 
     def broken(self, engine: Engine, error: UpstreamError) -> None:
         """Record what a failed leg says of its engine; some failures are the router's own."""
-        if isinstance(error, ConnectError):
+        if isinstance(error, ConnectError | VanishedError):
             self.fleet.mark(engine, False, error.reason)
         elif not isinstance(error, ExhaustedError | RouterFailureError):
             self.fleet.failed(engine, error.reason)

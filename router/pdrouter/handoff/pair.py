@@ -58,6 +58,7 @@ from pdrouter.upstream.errors import (
     StalledError,
     TooLateError,
     UpstreamError,
+    VanishedError,
 )
 from pdrouter.upstream.pool import Call
 
@@ -283,6 +284,7 @@ class Pair(Handoff):
         if hedge is None:
             self._again(engine, failure)
             return
+        self._fruitless += 1  # both engines may have died of the request
         self._refused.append(engine)
         self._hedge = None
         self._take_up(hedge)
@@ -461,7 +463,7 @@ class Pair(Handoff):
             return
         self._call = None
         self.state = State.WAITING
-        if isinstance(error, ConnectError):
+        if isinstance(error, ConnectError | VanishedError):
             self._desk.broken(engine, error)
         # Where there is no other it is asked again, but not all the time.
         self._desk.later(self, 3 if engine in self._refused else 0)

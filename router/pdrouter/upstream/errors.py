@@ -30,6 +30,10 @@ class ClosedError(UpstreamError):
     reason: ClassVar[str] = "closed"
 
 
+class VanishedError(ClosedError):
+    """The engine closed the connection with the request and takes no new one: it has died, perhaps of the request."""
+
+
 class MalformedError(UpstreamError):
     """The engine's answer is not HTTP/1.1."""
 

@@ -11,7 +11,7 @@ from pdrouter.fleet.rows import Rows
 from pdrouter.outbox import Outbox
 from pdrouter.upstream.arrivals import Arrivals
 from pdrouter.upstream.connection import EngineConnection, Receiver, tell_failure
-from pdrouter.upstream.errors import ConnectError, ExhaustedError, TooLateError, UpstreamError
+from pdrouter.upstream.errors import ConnectError, ExhaustedError, TooLateError, UpstreamError, VanishedError
 
 
 class Perishable(Protocol):
@@ -27,7 +27,7 @@ class Call:
     """
 
     __slots__ = (
-        "_connecting", "_connection", "_held", "_pool", "_queued", "_request", "_reused",
+        "_connecting", "_connection", "_held", "_pool", "_queued", "_request", "_resent", "_reused",
         "aborted", "began", "counted", "engine", "paused", "perishable", "receiver", "whole",
     )  # fmt: skip
 
@@ -46,6 +46,7 @@ class Call:
         self._request = request
         self._connecting: asyncio.Task[None] | None = None
         self.counted = counted
+        self._resent = False
         self._held = held
         self._queued = queued
         if counted:
@@ -84,15 +85,19 @@ class Call:
     def lost(self, error: UpstreamError) -> None:
         """The connection failed: try once more if only a kept connection had gone stale, else fail.
 
-        What perishes is not sent twice: the engine may have used it before the connection broke.
+        What perishes is not sent twice: the engine may have used it before the connection broke. And what was sent once
+        may be what the engine died of: it is not one that has not seen the request, though it refuses the second time.
         """
         self._connection = None
         self._connecting = None
         if self._reused and not self.began and self.perishable is None:
             # A server may close an idle connection in the same moment in which a request is sent over it.
             self._reused = False
+            self._resent = True
             self._connect()
             return
+        if self._resent and isinstance(error, ConnectError):
+            error = VanishedError(f"{self.engine.url} closed the connection before it answered, and takes no new one")
         self.over()
         tell_failure(self.receiver, error)
 
