@@ -27,7 +27,7 @@ class Alone:
 
     __slots__ = (
         "_asked", "_body", "_call", "_desk", "_engine", "_failed", "_headers", "_passes", "_paused", "_pieces",
-        "_record", "_refused", "_settled", "_sink", "_size", "_status", "_streams", "_way", "deadline",
+        "_record", "_settled", "_sink", "_size", "_status", "_streams", "_way", "deadline", "refused",
     )  # fmt: skip
 
     def __init__(
@@ -63,7 +63,7 @@ class Alone:
         self._streams = streams
         self._call: Call | None = None
         self._engine: Engine | None = None
-        self._refused: list[Engine] = []
+        self.refused: list[Engine] = []
         self._failed = 0
         self._status = 0
         self._headers: Headers = []
@@ -78,10 +78,10 @@ class Alone:
         if self._settled:
             return
         desk, record = self._desk, self._record
-        engine = desk.choose(Role.DECODE, self._asked, self._refused)
+        engine = desk.choose(Role.DECODE, self._asked, self.refused)
         if engine is None:
             if desk.fleet.healthy(Role.DECODE):  # all there are have failed it; better they than none, a little later
-                self._refused = []
+                self.refused = []
                 desk.later(self, self._failed)
             else:
                 desk.waiting.park(self, Role.DECODE)
@@ -180,7 +180,7 @@ class Alone:
         assert engine is not None
         self._desk.broken(engine, error)
         if isinstance(error, ConnectError):
-            self._refused.append(engine)
+            self.refused.append(engine)
             self._desk.later(self, 0)
             return
         if self._passes or not self._may_try():
@@ -193,7 +193,7 @@ class Alone:
         if self._failed > EACH or not desk.retries.spend(desk.admission.running):
             return False
         if self._engine is not None:
-            self._refused.append(self._engine)
+            self.refused.append(self._engine)
         self._record.retries += 1
         desk.later(self, self._failed - 1)
         return True

@@ -147,12 +147,13 @@ class Desk:
         """
         decodes = [engine for engine in self.fleet.healthy(Role.DECODE) if engine not in refused]
         prefills = [engine for engine in self.fleet.healthy(Role.PREFILL) if engine not in refused]
+        roomy = [engine for engine in decodes if self.has_room(engine, asked)]
         # A way that is closed is better than none; between engines of different kinds there is none.
-        for fits in (self.fits, self.fleet.compatible):
-            found = [engine for engine in prefills if any(fits(engine, decode) for decode in decodes)]
+        for those, fits in ((roomy, self.fits), (decodes, self.fits), (decodes, self.fleet.compatible)):
+            found = [engine for engine in prefills if any(fits(engine, decode) for decode in those)]
             if found:
                 one = prefill if prefill in found else self._roomy(Role.PREFILL, asked, found)
-                return one, self._roomy(Role.DECODE, asked, [decode for decode in decodes if fits(one, decode)])
+                return one, self._roomy(Role.DECODE, asked, [decode for decode in those if fits(one, decode)])
         return None
 
     def _roomy(self, role: Role, asked: Prompt, candidates: Sequence[Engine]) -> Engine:
@@ -198,10 +199,10 @@ class Desk:
         if not size:
             return True
         if engine.role is Role.PREFILL:
-            held = engine.queued_tokens + engine.pinned_tokens
-            return held == 0 or held + asked.tokens <= size
-        held = engine.held_tokens
-        return held == 0 or held + self.needs(asked) <= size
+            held, more = engine.queued_tokens + engine.pinned_tokens, asked.tokens
+        else:
+            held, more = engine.held_tokens, self.needs(asked)
+        return held + more <= size or more > size
 
     def answered_with(self, tokens: int) -> None:
         """Learn how long answers are."""

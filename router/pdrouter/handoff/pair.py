@@ -119,7 +119,7 @@ class Pair(Handoff):
         "_alone", "_asked", "_bare", "_began", "_body", "_call", "_coming", "_coming_at", "_continued",
         "_decode", "_desk", "_first_at", "_fruitless", "_furthest", "_headed", "_hedge", "_lacking",
         "_leases_ended", "_leg", "_met", "_only", "_path", "_paused", "_place", "_prefill", "_record",
-        "_refused", "_same", "_sink", "_stream", "_streams", "_ticket", "_way", "deadline", "passed", "state",
+        "_same", "_sink", "_stream", "_streams", "_ticket", "_way", "deadline", "passed", "refused", "state",
     )  # fmt: skip
 
     def __init__(
@@ -165,7 +165,7 @@ class Pair(Handoff):
         self._fruitless = self._furthest = self._leases_ended = 0
         self._headed = False
         self._continued = False
-        self._refused: list[Engine] = []
+        self.refused: list[Engine] = []
         self._began = self._first_at = 0.0
         self._only = False
         self._lacking = self._met = 0
@@ -182,16 +182,16 @@ class Pair(Handoff):
             return
         desk = self._desk
         asked = self._asked
-        decode = desk.choose(Role.DECODE, asked, self._refused)
+        decode = desk.choose(Role.DECODE, asked, self.refused)
         if decode is None:
             self._wait(Role.DECODE)
             return
         prefill = self._same
         if prefill is None or not desk.fleet.may_serve(prefill):
-            prefill = desk.choose(Role.PREFILL, asked, self._refused)
+            prefill = desk.choose(Role.PREFILL, asked, self.refused)
         if prefill is not None and desk.picky and not desk.fits(prefill, decode):
-            prefill, decode = desk.ends(asked, self._refused, prefill) or (None, decode)
-        if not desk.has_room(decode, asked) or (not self._headed and desk.waiting.before(self)):
+            prefill, decode = desk.ends(asked, self.refused, prefill) or (None, decode)
+        if not desk.has_room(decode, asked) or (not self._headed and desk.waiting.before(self, decode)):
             self._wait(None)
         elif prefill is None:
             if desk.decode_only and not self._refused_some(Role.PREFILL):
@@ -208,14 +208,14 @@ class Pair(Handoff):
     def _refused_some(self, role: Role) -> bool:
         """Whether there are engines of a role that are only not asked because they have failed this request before."""
         may_serve = self._desk.fleet.may_serve
-        return any(engine.role is role and may_serve(engine) for engine in self._refused)
+        return any(engine.role is role and may_serve(engine) for engine in self.refused)
 
     def _wait(self, role: Role | None) -> None:
         """Wait for an engine of a role, or for room (None)."""
         desk = self._desk
         if role is not None and (self._refused_some(Role.PREFILL) or self._refused_some(Role.DECODE)):
             # All there are have failed this request before, which is better than nothing, a little later.
-            self._refused.clear()
+            self.refused.clear()
             desk.later(self, self._fruitless)
             return
         desk.waiting.park(self, role, self._headed or self._ticket is not None)
@@ -224,6 +224,10 @@ class Pair(Handoff):
         """It waited as long as a request may wait (`pdrouter.handoff.waiting`)."""
         if role is not None:
             self._settle_failed(no_engine(role, seconds, retry_after))
+            return
+        if self._refused_some(Role.DECODE):  # they may have room, and it is them or nobody
+            self.refused.clear()
+            self.start()
             return
         headers = b"retry-after: %d\r\n" % retry_after
         message = f"No decode engine had room for the request within {seconds:.0f} s; try again in {retry_after} s."
@@ -258,7 +262,7 @@ class Pair(Handoff):
         prefill, decode, desk, asked = self._prefill, self._decode, self._desk, self._asked
         if self.state is not State.PREFILL or self._hedge is not None or prefill is None or decode is None:
             return
-        other = desk.choose(Role.PREFILL, asked, [*self._refused, prefill])
+        other = desk.choose(Role.PREFILL, asked, [*self.refused, prefill])
         if other is None or not desk.has_room(other, asked) or (desk.picky and not desk.fits(other, decode)):
             return
         if not desk.retries.spend(desk.admission.running):
@@ -285,7 +289,7 @@ class Pair(Handoff):
             self._again(engine, failure)
             return
         self._fruitless += 1  # both engines may have died of the request
-        self._refused.append(engine)
+        self.refused.append(engine)
         self._hedge = None
         self._take_up(hedge)
 
@@ -391,7 +395,7 @@ class Pair(Handoff):
         self._desk.broken(engine, error)
         failure = leg_failure(502, Role.PREFILL, error.reason, message)
         if isinstance(error, ConnectError) and self._hedge is None:
-            self._refused.append(engine)
+            self.refused.append(engine)
             self._start_over()
         else:
             self._prefill_lost(engine, failure)
@@ -419,7 +423,7 @@ class Pair(Handoff):
         self._reserve(None)
         ticket.handed = False
         other = prefill if desk.picky else None
-        decode = desk.choose(Role.DECODE, self._asked, self._refused, other) or otherwise
+        decode = desk.choose(Role.DECODE, self._asked, self.refused, other) or otherwise
         if decode is None:  # one that has failed this request, or a closed way, is better than a second prefill
             decode = desk.choose(Role.DECODE, self._asked, (), other, closed=True)
         if decode is None:
@@ -466,8 +470,8 @@ class Pair(Handoff):
         if isinstance(error, ConnectError | VanishedError):
             self._desk.broken(engine, error)
         # Where there is no other it is asked again, but not all the time.
-        self._desk.later(self, 3 if engine in self._refused else 0)
-        self._refused.append(engine)
+        self._desk.later(self, 3 if engine in self.refused else 0)
+        self.refused.append(engine)
 
     def _tells_ids(self) -> bool:
         """Begin to follow a stream that could go on elsewhere; tell whether ids must be asked for."""
@@ -587,7 +591,7 @@ class Pair(Handoff):
             self._desk.broken(engine, error)
             failure = leg_failure(502, Role.DECODE, error.reason, f"The decode leg failed: {error}.")
         if isinstance(error, ConnectError):
-            self._refused.append(engine)
+            self.refused.append(engine)
             ticket = self._ticket
             if ticket is None or self._alone:
                 self._start_over()
@@ -672,7 +676,7 @@ class Pair(Handoff):
         if self._leases_ended > 2:
             self._again(decode, leg_failure(504, Role.DECODE, "lease_ended", "Its leases ended before decode had it."))
             return
-        self._refused.append(decode)
+        self.refused.append(decode)
         self._record.retries += 1
         self._start_over()
 
@@ -684,7 +688,7 @@ class Pair(Handoff):
         self._reserve(None)
         self._fruitless += 1
         if engine is not None:
-            self._refused.append(engine)
+            self.refused.append(engine)
             if engine.role is Role.DECODE:
                 self._same = self._prefill
             elif self._same is engine:

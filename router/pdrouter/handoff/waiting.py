@@ -5,16 +5,22 @@ where it costs nothing, shows in metrics and is told in time that it waits in va
 """
 
 import asyncio
+from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
-from pdrouter.fleet.engine import Role
+from pdrouter.fleet.engine import Engine, Role
 
 
 class Parked(Protocol):
-    """A request that waits. `deadline` is the loop time at which its client wants to wait no longer."""
+    """A request that waits.
+
+    `deadline` is the loop time at which its client wants to wait no longer, `refused` has the engines that it would not
+    take though they had room.
+    """
 
     deadline: float
+    refused: Sequence[Engine]
 
     def start(self) -> None:
         """Try again; it may come back at once."""
@@ -88,14 +94,18 @@ class Waiting:
         if self._timer is None:
             self._timer = self._loop.call_later(min(1.0, self._seconds / 10), self._look)
 
-    def before(self, one: Parked) -> bool:
-        """Whether another request waits for room that has less time left, or as much and came before."""
+    def before(self, one: Parked, engine: Engine) -> bool:
+        """Whether another request waits for room at an engine that has less time left, or as much and came before."""
         if not self._heap:
             return False
         now = self._loop.time()
         since = self._since.get(one, now)
         deadline = min(since + self._seconds, one.deadline)
-        return any(place.role is None and place.one is not None and place.deadline <= deadline for place in self._heap)
+        return any(
+            place.role is None and place.one is not None and place.deadline <= deadline
+            and engine not in place.one.refused
+            for place in self._heap
+        )  # fmt: skip
 
     def leave(self, one: Parked) -> None:
         """Forget a request; nothing happens when it does not wait."""
@@ -131,7 +141,7 @@ class Waiting:
             again = self._places.get(one)
             if again is None:
                 self._since.pop(one, None)
-            else:
+            elif not one.refused:  # else what it would not take may do for the next
                 stuck.add(again.role)
         for place in back:
             heappush(self._heap, place)

@@ -1,0 +1,211 @@
+"""Waiting for room: who waits, behind whom, and who need not."""
+
+import asyncio
+
+from pdrouter.fleet.engine import Role
+from router.fakes import Answer, Out, Seen, answer_to, run, until
+from router.test_failover import COMPLETIONS, fail, fleet, generate, hang, once, quiet, seen_by
+
+
+def test_prefill_does_not_begin_while_no_decode_engine_has_room_and_goes_on_by_deadline() -> None:
+    async def main() -> None:
+        async with fleet(1, 1, queue_timeout_secs=100) as bed:
+            bed.router.fleet.engines[Role.DECODE][0].kv_tokens = 150
+            ends: dict[str, asyncio.Event] = {}
+
+            async def decode(seen: Seen, out: Out) -> None:
+                ends[seen.body["prompt"]] = asyncio.Event()
+                await ends[seen.body["prompt"]].wait()
+                await out.json(answer_to(seen))
+
+            bed.decode.behave = decode
+
+            def ask(prompt: str, seconds: int) -> "asyncio.Future[Answer]":
+                body = {"model": "tiny", "prompt": prompt, "max_tokens": 100}
+                return asyncio.ensure_future(bed.post(COMPLETIONS, body, x_request_timeout=str(seconds)))
+
+            first = ask("first", 50)
+            await until(lambda: "first" in ends, "decode is full")
+            others = {}
+            for number, (name, seconds) in enumerate([("patient", 40), ("hasty", 20), ("middling", 30)]):
+                others[name] = ask(name, seconds)
+                await until(lambda wanted=number + 1: bed.router.desk.waiting.count(None) == wanted, f"{name} waits")
+            assert 'pd_router_requests_waiting{for="room"} 3.0' in await bed.metrics()
+            assert len(bed.prefill.seen) == 1, "nothing is pinned for those who wait"
+            ends["first"].set()
+            assert (await first).status == 200
+            for name in ("hasty", "middling", "patient"):
+                await until(lambda wanted=name: wanted in ends, f"{name} is next")
+                assert [seen.body["prompt"] for seen in bed.decode.seen][-1] == name
+                ends[name].set()
+                assert (await others[name]).status == 200
+            await quiet(bed)
+
+    run(main)
+
+
+def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_room() -> None:
+    async def main() -> None:
+        async with fleet(1, 1) as bed:
+            bed.router.fleet.engines[Role.DECODE][0].kv_tokens = 150
+            turn = asyncio.Semaphore(0)
+
+            async def decode(seen: Seen, out: Out) -> None:
+                await turn.acquire()
+                await out.json(answer_to(seen))
+
+            bed.decode.behave = decode
+            first = asyncio.ensure_future(bed.complete("first", max_tokens=60))
+            await until(lambda: bed.decode.seen, "the first is served")
+            large = asyncio.ensure_future(bed.complete("large", max_tokens=120))
+            await until(lambda: bed.router.desk.waiting.count(None) == 1, "the large one waits")
+            small = asyncio.ensure_future(bed.complete("small", max_tokens=10))
+            await until(lambda: bed.router.desk.waiting.count(None) == 2, "the small one waits behind it")
+            for one in (first, large, small):
+                turn.release()
+                assert (await one).status == 200
+            assert [seen.body["prompt"] for seen in bed.decode.seen] == ["first", "large", "small"]
+
+    run(main)
+
+
+def test_who_waited_too_long_for_room_is_told_when_to_come_again() -> None:
+    async def main() -> None:
+        async with fleet(1, 1, queue_timeout_secs=0.3) as bed:
+            bed.router.fleet.engines[Role.DECODE][0].kv_tokens = 150
+            bed.decode.behave = hang
+            asking = asyncio.ensure_future(bed.complete(max_tokens=100))
+            await until(lambda: bed.decode.seen, "decode is full")
+            told = await bed.complete(max_tokens=100)
+            assert told.status == 429
+            assert int(told.headers["retry-after"]) >= 1
+            assert len(bed.prefill.seen) == 1
+            asking.cancel()
+
+    run(main)
+
+
+def test_prompts_of_a_batch_make_room_for_each_other() -> None:
+    async def main() -> None:
+        async with fleet(1, 1, queue_timeout_secs=5) as bed:
+            bed.router.fleet.engines[Role.DECODE][0].kv_tokens = 250
+            told = await bed.complete([f"prompt {n}" for n in range(8)], max_tokens=100)
+            assert told.status == 200
+            assert len(told.json["choices"]) == 8
+
+    run(main)
+
+
+def test_room_that_becomes_free_elsewhere_is_noticed() -> None:
+    """Another process of the router had filled the engine; nothing in this one tells that it has ended."""
+
+    async def main() -> None:
+        async with fleet(1, 1, queue_timeout_secs=20) as bed:
+            engine = bed.router.fleet.engines[Role.DECODE][0]
+            engine.kv_tokens, engine.elsewhere = 150, (1, 0, 140, 0)
+            asking = asyncio.ensure_future(bed.complete(max_tokens=100))
+            await until(lambda: len(bed.router.desk.waiting), "it waits")
+            engine.elsewhere = (0, 0, 0, 0)
+            assert (await asking).status == 200
+
+    run(main)
+
+
+def test_a_request_that_no_engine_could_hold_is_the_engines_to_judge_and_holds_up_nobody() -> None:
+    async def main() -> None:
+        async with fleet(1, 1) as bed:
+            bed.router.fleet.engines[Role.DECODE][0].kv_tokens = 150
+            ends = asyncio.Event()
+
+            async def decode(seen: Seen, out: Out) -> None:
+                if seen.body["max_tokens"] > 150:
+                    await out.json({"error": {"message": "too long", "type": "BadRequestError", "code": 400}}, 400)
+                    return
+                if seen.body["prompt"] == "first":
+                    await ends.wait()
+                await out.json(answer_to(seen))
+
+            bed.decode.behave = decode
+            first = asyncio.ensure_future(bed.complete("first", max_tokens=20))
+            await until(lambda: bed.decode.seen, "decode has something to do")
+            giant = await bed.complete("giant", max_tokens=1000)
+            assert (giant.status, giant.error["message"]) == (400, "too long")
+            assert (await bed.complete("small", max_tokens=20)).status == 200
+            ends.set()
+            assert (await first).status == 200
+            await quiet(bed)
+
+    run(main)
+
+
+def test_a_request_that_waits_for_another_engine_than_the_one_that_failed_it_holds_up_nobody_there() -> None:
+    async def main() -> None:
+        async with fleet(1, 2, queue_timeout_secs=1.0) as bed:
+            for one in bed.router.fleet.engines[Role.DECODE]:
+                one.kv_tokens = 150
+            full, failing = bed.decodes
+            full.behave = hang
+            occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=100))
+            await until(lambda: full.seen, "one engine is full")
+            failing.behave = once(fail, generate())
+            unlucky = asyncio.ensure_future(bed.complete("unlucky", max_tokens=100))
+            await until(lambda: bed.router.desk.waiting.count(None) == 1, "it waits for the full one")
+            for number in range(4):
+                assert (await bed.complete(f"later {number}", max_tokens=100)).status == 200
+            assert bed.router.desk.waiting.count(None) == 1
+            assert (await unlucky).status == 200, "the engine that failed it is better than none"
+            occupied.cancel()
+
+    run(main)
+
+
+def test_those_behind_a_request_that_waits_for_another_engine_are_tried_when_there_is_room() -> None:
+    async def main() -> None:
+        async with fleet(1, 2, queue_timeout_secs=20) as bed:
+            for one in bed.router.fleet.engines[Role.DECODE]:
+                one.kv_tokens = 150
+            full, failing = bed.decodes
+            full.behave = hang
+            occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=100))
+            await until(lambda: full.seen, "one engine is full")
+            failing.behave = once(fail, generate())
+            unlucky = asyncio.ensure_future(bed.complete("unlucky", max_tokens=100))
+            await until(lambda: bed.router.desk.waiting.count(None) == 1, "it waits for the full one")
+            gate = asyncio.Event()
+
+            async def wait(seen: Seen, out: Out) -> None:
+                await gate.wait()
+                await out.json(answer_to(seen))
+
+            failing.behave = wait
+            asked = [asyncio.ensure_future(bed.complete(f"later {number}", max_tokens=100)) for number in range(4)]
+            await until(lambda: bed.router.desk.waiting.count(None) == 4, "one of them is served, three wait")
+            gate.set()
+            assert [told.status for told in await asyncio.gather(*asked)] == [200] * 4
+            assert not unlucky.done()
+            unlucky.cancel()
+            occupied.cancel()
+
+    run(main)
+
+
+def test_engines_of_the_kind_that_has_room_serve_while_those_of_the_other_kind_are_full() -> None:
+    """In the middle of a rolling update, say."""
+    behave = once(hang, generate())
+
+    async def main() -> None:
+        async with fleet(2, 2, queue_timeout_secs=1.0, policy="consistent_hash") as bed:
+            known = bed.router.fleet
+            for role in Role:
+                for number, one in enumerate(known.engines[role]):
+                    known.grouped(one, f"release {number}")
+                    one.kv_tokens = 150 if role is Role.DECODE else 0
+            for engine in bed.decodes:
+                engine.behave = behave
+            occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=100))
+            await until(lambda: seen_by(bed.decodes), "one is full")
+            for number in range(12):
+                assert (await bed.complete(f"later {number}", max_tokens=100)).status == 200
+            occupied.cancel()
+
+    run(main)
