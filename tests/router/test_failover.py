@@ -1653,6 +1653,63 @@ def test_an_engine_whose_counters_go_on_is_not_taken_for_a_hanging_one(stream: b
     run(main)
 
 
+def test_an_engine_that_has_preempted_a_stream_for_whole_answers_is_not_taken_for_a_hanging_one() -> None:
+    async def main() -> None:
+        async with fleet(1, 2, stall_timeout_secs=1, health_interval_secs=0.1) as bed:
+
+            async def preempt(seen: Seen, out: Out) -> None:
+                one = next(one for one in bed.decodes if seen in one.seen)
+                events = answer(seen.target, seen.body, seen.headers["x-request-id"])
+                await out.events()
+                await out.chunk(b"".join(events[:4]))
+                for number in range(25):
+                    one.generated = number
+                    await asyncio.sleep(0.1)
+                await out.chunk(b"".join(events[4:]))
+                await out.end()
+
+            for one in bed.decodes:
+                one.behave = preempt
+            told = await bed.complete(stream=True, ignore_eos=True)
+            assert told.complete
+            assert len(seen_by(bed.decodes)) == 1
+            await quiet(bed)
+
+    run(main)
+
+
+def test_a_prefill_engine_full_of_tickets_may_be_silent_and_one_that_still_is_when_they_are_fetched_is_given_up() -> (
+    None
+):
+    async def main() -> None:
+        async with fleet(2, 1, stall_timeout_secs=0.4, policy="consistent_hash", kv_lease_seconds=20) as bed:
+            for engine in bed.router.fleet.engines[Role.PREFILL]:
+                engine.kv_tokens = 10  # a prompt has 7
+            fetched = asyncio.Event()
+
+            async def decode(seen: Seen, out: Out) -> None:
+                await fetched.wait()
+                await out.json(answer_to(seen))
+
+            bed.decode.behave = decode
+            first = asyncio.ensure_future(bed.complete("first", max_tokens=4))
+            await until(lambda: bed.decode.seen, "a ticket waits to be used")
+            one = next(one for one in bed.prefills if one.seen)
+            for other in bed.prefills:
+                other.behave = hang if other is one else issue()
+            bed.router.fleet.engines[Role.PREFILL][bed.prefills.index(one)].kv_tokens = 12
+            asked = [asyncio.ensure_future(bed.complete("x" * n, max_tokens=4)) for n in range(1, 9)]
+            await until(lambda: len(one.seen) > 1, "some wait for the engine that is full")
+            await asyncio.sleep(1.2)
+            assert not any(worker["breaker_open"] for worker in await bed.workers())
+            fetched.set()
+            assert [(await one).status for one in (first, *asked)] == [200] * 9
+            assert [worker["breaker_open"] for worker in await bed.workers()].count(True) == 1
+            await quiet(bed)
+
+    run(main)
+
+
 def test_an_engine_that_works_on_a_whole_answer_is_not_taken_for_a_hanging_one() -> None:
     async def main() -> None:
         async with fleet(1, 2, stall_timeout_secs=0.2, health_interval_secs=0.1) as bed:

@@ -84,7 +84,7 @@ class Engine:
 
     @property
     def pinned_tokens(self) -> int:
-        """Prompt tokens of finished prefills that wait to be fetched (`pdrouter.handoff.ledger`)."""
+        """Tokens of finished prefills, in whole blocks, that wait to be fetched (`pdrouter.handoff.ledger`)."""
         return self.own_pinned + self.elsewhere[3]
 
     @property

@@ -4,6 +4,8 @@ vLLM's frontend answers `/metrics` while its core hangs, with the numbers of bef
 them with every step: tokens, steps, or how full the KV cache is while a long prompt is computed.
 """
 
+from math import inf
+
 from pdrouter.fleet.engine import Engine
 from pdrouter.fleet.page import Page
 from pdrouter.fleet.scrape import values
@@ -33,7 +35,7 @@ class Pulse:
     Times are those of the loop, in seconds.
     """
 
-    __slots__ = ("_asked", "_counters", "_engine", "_every", "_page", "_pool", "_since", "stood")
+    __slots__ = ("_asked", "_counters", "_engine", "_every", "_page", "_pool", "_since", "moved", "stood")
 
     def __init__(self, engine: Engine, pool: Pool, every: float) -> None:
         """Prepare.
@@ -44,6 +46,7 @@ class Pulse:
             every: how often.
         """
         self.stood = 0.0
+        self.moved = -inf
         self._engine = engine
         self._pool = pool
         self._every = every
@@ -53,7 +56,10 @@ class Pulse:
         self._counters: list[float] = []
 
     def look(self, now: float) -> None:
-        """Ask, if it is time to; `stood` tells for how long the counters have been seen standing still."""
+        """Ask, if it is time to.
+
+        `stood` tells how long the counters have been seen standing still, `moved` when they were last seen to move.
+        """
         if self._page is None and now - self._asked >= self._every:
             self._asked = now
             self._page = Page(self._engine, self._pool, self._heard)
@@ -78,5 +84,7 @@ class Pulse:
             self.stood = self._asked - self._since
         else:
             self.stood = 0.0
-            self._counters = told
             self._since = self._pool.loop.time()
+            if told and self._counters:
+                self.moved = self._since
+            self._counters = told

@@ -5,9 +5,13 @@ clients it works. `/health` says nothing of that, for vLLM's frontend answers it
 owes bytes and is silent is given up after `seconds`, a prefill engine after as much longer as its prompts may need at
 the least rate that is believed.
 
-A decode engine may be silent and work: on answers of which nothing is heard before they are complete, or on those of
-the router's other processes. Then its counters tell (`pdrouter.fleet.pulse`): it is given up when they have stood still
-for as long. An engine without them gets the benefit of the doubt.
+A prefill engine may be silent because what it has computed fills its KV cache until decode engines have room for it;
+one that hangs computes nothing more, so the tickets that speak for it end before long.
+
+A decode engine may be silent and work: on answers of which nothing is heard before they are complete, on those of the
+router's other processes, or on others than the one that it has preempted. Then its counters tell
+(`pdrouter.fleet.pulse`): it is given up when they have stood still for as long. An engine without them gets the benefit
+of the doubt, unless it has begun an answer of which it says no more.
 
 Engines that have left the fleet are looked at as long as they have requests, which hang as any other's would.
 """
@@ -36,6 +40,15 @@ class _Owes(Enum):
     SOON = auto()
 
 
+def _full(engine: Engine) -> bool:
+    """Whether tickets may leave a prefill engine no room for what it is asked.
+
+    Prompts that are not computed are only estimated, and others may share blocks or leave them half empty.
+    """
+    pinned = engine.pinned_tokens
+    return pinned > 0 and 2 * (pinned + engine.queued_tokens) > engine.kv_tokens
+
+
 class Stall:
     """Looks four times a second."""
 
@@ -59,7 +72,7 @@ class Stall:
     def _owes(self, engine: Engine) -> _Owes:
         calls = self._pool.open(engine)
         if engine.role is Role.PREFILL:
-            return _Owes.SOON if calls else _Owes.NOTHING
+            return _Owes.SOON if calls and not _full(engine) else _Owes.NOTHING
         unseen, owed = engine.elsewhere[0] > 0, False
         for call in calls:
             if call.paused:
@@ -90,22 +103,23 @@ class Stall:
             if not silent or before is not owes:
                 since = now
             self._last[engine] = owes, engine.worked, since
-            stood = self._stood(engine, pulses, now) if silent and engine.role is Role.DECODE else 0.0
+            pulse = self._pulse(engine, pulses, now) if silent and engine.role is Role.DECODE else None
+            stood = 0.0 if pulse is None else pulse.stood
             if owes is _Owes.SOON:
-                stood = max(stood, now - since)
+                stood = max(stood, now - (since if pulse is None else max(since, pulse.moved)))
             if stood > self._seconds + engine.queued_tokens / LEAST_RATE:
                 self._give_up(engine, stood)
         for pulse in pulses.values():  # of engines that have been heard, owe nothing or are gone
             pulse.stop()
 
-    def _stood(self, engine: Engine, pulses: dict[Engine, Pulse], now: float) -> float:
-        """Give how long a silent engine's counters have stood still, as far as is known."""
+    def _pulse(self, engine: Engine, pulses: dict[Engine, Pulse], now: float) -> Pulse:
+        """Look at the counters of a silent engine."""
         pulse = pulses.pop(engine, None)
         if pulse is None:
             pulse = Pulse(engine, self._pool, min(_SELDOM, self._seconds / 8))
         self._pulses[engine] = pulse
         pulse.look(now)
-        return pulse.stood
+        return pulse
 
     def _give_up(self, engine: Engine, seconds: float) -> None:
         del self._last[engine]

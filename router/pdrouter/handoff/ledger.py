@@ -1,7 +1,7 @@
 """Account of every ticket: from a prefill's answer until its blocks are free again, settled exactly once.
 
 Blocks of a finished prefill fill the prefill engine's KV cache without being counted as its load, so what is pinned
-is counted here and prefill engines without room get nothing new (`pdrouter.handoff.desk`). A ticket that nobody can
+is counted here, and of the prefill engines one with room is asked (`pdrouter.handoff.desk`). A ticket that nobody can
 give back stays in the account until its lease is over, as its blocks do.
 """
 
@@ -47,7 +47,7 @@ class Ledger:
 
         Args:
             ticket: what a prefill engine gave; another id than its last one's tells that the engine restarted.
-            tokens: prompt tokens that it pins, where the engine did not say.
+            tokens: prompt tokens that it pins, where the engine told neither its blocks' size nor the tokens.
         """
         engine = ticket.prefill
         life = self._lives.get(engine)
@@ -55,7 +55,7 @@ class Ledger:
             self.void(engine)
             self._lives[engine] = ticket.life
         ticket.over = self.lease_over
-        ticket.tokens = ticket.prompt_tokens or tokens
+        ticket.tokens = ticket.blocks * engine.block_size or ticket.prompt_tokens or tokens
         held = self._open.get(engine)
         if held is None:
             held = self._open[engine] = {}

@@ -13,14 +13,13 @@ from pdrouter.fleet.engine import Engine, Role
 
 
 class Parked(Protocol):
-    """A request that waits.
-
-    `deadline` is the loop time at which its client wants to wait no longer, `refused` has the engines that it would not
-    take though they had room.
-    """
+    """A request that waits. `deadline` is the loop time at which its client wants to wait no longer."""
 
     deadline: float
-    refused: Sequence[Engine]
+
+    @property
+    def refused(self) -> Sequence[Engine]:
+        """Give the engines that it would not take though they had room."""
 
     def start(self) -> None:
         """Try again; it may come back at once."""

@@ -78,7 +78,7 @@ HELD_TOKENS = Described(
 )  # fmt: skip
 PINNED = Described(
     "pd_router_pinned_kv_tokens", "gauge", ("engine",),
-    "Prompt tokens whose KV blocks a prefill engine keeps for decode to fetch.",
+    "Tokens of the KV blocks that a prefill engine keeps for decode to fetch.",
 )  # fmt: skip
 TICKETS = Described(
     "pd_router_tickets", "gauge", ("engine", "state"),

@@ -98,7 +98,7 @@ class Engine:
         self.violations = violations
         self.engine_id = str(uuid.uuid4())  # another one in each life, as vLLM's
         self.pool = BlockPool(settings.num_blocks, settings.block_size)
-        self.leases = Leases(self.pool, settings.lease_duration / settings.speed)
+        self.leases = Leases(self.pool, settings.lease_duration / settings.speed, self._wake_soon)
         self.scheduler = Scheduler(
             self.pool, settings.profile.max_num_batched_tokens, settings.max_num_seqs, self._start_fetch
         )
@@ -283,6 +283,10 @@ class Engine:
             self._step_begun = now
             late = due is not None and now - GIVE_UP_LAG_SECONDS < due < now
             self._step(max(due or now, self._step_end) if late else now)
+
+    def _wake_soon(self) -> None:
+        """Begin to step after all that was seen in the same look."""
+        self._loop.call_soon(self._wake)
 
     def resume(self) -> None:
         """Go on after `hanging`."""
@@ -612,7 +616,7 @@ class Engine:
             sequence.outbox.fail(RequestFailedError())
         else:
             self.scheduler.fetched(sequence, loaded)
-        self._loop.call_soon(self._wake)  # after the others that were seen in the same look
+        self._wake_soon()
 
     def _judge(self, sequence: Sequence, params: dict[str, Any], lease: dict[str, Any] | None) -> None:
         """Compare a ticket with what the prefill engine knows of it; real engines check none of this."""

@@ -6,6 +6,7 @@ ticket is still out there. Source: vLLM 0.32, nixl/base_scheduler.py and base_wo
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -37,10 +38,11 @@ class Lease:
 
 @dataclass(slots=True)
 class Leases:
-    """All leases of one engine; times are event-loop seconds."""
+    """All leases of one engine; times are event-loop seconds. `freed` hears when blocks of one have become free."""
 
     pool: BlockPool
     duration: float
+    freed: Callable[[], object]
     open: dict[str, Lease] = field(default_factory=dict)
     ended: OrderedDict[str, Lease] = field(default_factory=OrderedDict)
     expired: int = 0
@@ -91,3 +93,4 @@ class Leases:
         self.ended[lease.request_id] = lease
         if len(self.ended) > REMEMBERED:
             self.ended.popitem(last=False)
+        self.freed()
