@@ -1178,6 +1178,33 @@ def test_a_ticket_near_the_end_of_its_lease_is_replaced_by_the_engine_that_has_t
     run(main)
 
 
+def test_data_parallel_cores_behind_one_address_are_one_life() -> None:
+    """vLLM 0.32 adds `_dp` and the rank to the engine's id (`vllm/v1/engine/core.py`)."""
+
+    async def main() -> None:
+        async with fleet(1, 1) as bed:
+            left = [issue(f"life_dp{rank}") for rank in (0, 1, 10, 0)]
+
+            async def prefill(seen: Seen, out: Out) -> None:
+                await left.pop(0)(seen, out)
+
+            gate = asyncio.Event()
+
+            async def decode(seen: Seen, out: Out) -> None:
+                await gate.wait()
+                await out.json(answer_to(seen))
+
+            bed.prefill.behave, bed.decode.behave = prefill, decode
+            asked = [asyncio.ensure_future(bed.complete(str(number))) for number in range(4)]
+            await until(lambda: len(bed.decode.seen) == 4, "all tickets are handed over")
+            gate.set()
+            assert [(await one).status for one in asked] == [200] * 4
+            assert ended(bed) == {"collected": 4}
+            await quiet(bed)
+
+    run(main)
+
+
 def test_a_restarted_prefill_engine_makes_its_old_tickets_void_and_its_ways_new() -> None:
     """Its address is the same and nobody saw it gone: its new id tells."""
 

@@ -4,9 +4,13 @@ import pathlib
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from pdrouter.fleet.engine import Role
 from pdrouter.handoff.retries import EACH
+from pdrouter.openai.asked import truth
 from pdrouter.openai.features import Prompt
 from pdrouter.policies import RoutingKey
 from router import fakes
@@ -275,7 +279,6 @@ def test_an_engines_plain_text_error_becomes_json():
         ({"max_tokens": 0}, "max_tokens_0"),
         ({"use_beam_search": True}, "beam_search"),
         ({"prompt": ["a", [1]]}, "mixed_prompts"),
-        ({"prompt": ["a", "b"], "stream": "no"}, "odd_stream"),
         ({"n": 2}, "several_choices"),
         ({"n": "2"}, "several_choices"),
         ({"prompt": ["a", "b"], "n": 2}, "several_choices"),
@@ -293,6 +296,42 @@ def test_what_may_not_be_handed_over_goes_to_one_engine_unchanged(fields, reason
 
     run(main)
     assert f"reason=single_engine:{reason}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", ["one", ["a", "b"]])
+@pytest.mark.parametrize(("spelled", "meant"), [(1, True), ("true", True), ("Yes", True), (0, False), ("off", False)])
+def test_a_stream_is_asked_for_in_any_spelling_that_vllm_takes(spelled, meant, prompt):
+    async def main():
+        async with routed() as bed:
+            answer = await bed.complete(prompt, stream=spelled)
+            assert answer.status == 200
+            assert answer.headers["content-type"].startswith("text/event-stream" if meant else "application/json")
+            assert (b"data: [DONE]" in answer.body) is meant
+            assert len(bed.prefill.seen) == len(bed.decode.seen) == (1 if prompt == "one" else 2)
+            assert {seen.body["stream"] for seen in bed.decode.seen} == {meant}
+
+    run(main)
+
+
+def test_what_no_engine_would_take_for_a_boolean_reaches_decode_as_it_is():
+    async def main():
+        async with routed() as bed:
+            assert (await bed.complete(stream="maybe")).status == 200
+            assert bed.decode.seen[0].body["stream"] == "maybe"
+
+    run(main)
+
+
+_ODD = st.sampled_from(["T", "f", "ON", "2", "", " true", "tru", 0.0, 1.0, -1, 2, 0.5, [], {}, [1], "\u0131"])
+
+
+@given(value=st.one_of(_ODD, st.text(max_size=4), st.integers(), st.floats(allow_nan=False)))
+def test_booleans_are_read_as_pydantic_reads_them(value):
+    try:
+        expected = TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        expected = None
+    assert truth(value) is expected
 
 
 def test_a_stream_arrives_byte_for_byte_and_at_once():

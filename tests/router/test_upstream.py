@@ -125,6 +125,28 @@ def test_a_bug_in_what_the_router_does_about_a_failure_ends_the_request_instead_
     run(main)
 
 
+@pytest.mark.parametrize("fields", [{}, {"echo": True, "logprobs": 1}])
+def test_a_bug_in_beginning_a_request_anew_ends_it_instead_of_hanging_it(fields: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with fleet(2, 2) as bed:
+
+            def broken(role: Role) -> Any:
+                raise RuntimeError("a bug")
+
+            async def fail_and_break(seen: Seen, out: Out) -> None:
+                bed.router.fleet.healthy = broken  # type: ignore[method-assign]
+                await reset(seen, out)
+
+            for one in (*bed.prefills, *bed.decodes):
+                one.behave = fail_and_break
+            told = await bed.complete(**fields)
+            assert (told.status, told.error["type"]) == (500, "InternalServerError")
+            await until(lambda: not bed.router.pool.engines(), "nothing is under way")
+            assert bed.router.desk.admission.running == 0
+
+    run(main)
+
+
 def once_broken(function: Any) -> Any:
     """Fail the first call, as a bug would."""
     broken = [True]

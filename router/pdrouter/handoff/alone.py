@@ -1,7 +1,5 @@
 """A request that one engine serves, without a handoff."""
 
-from collections.abc import Mapping
-
 from pdrouter.fleet.engine import Engine, Role
 from pdrouter.handoff.desk import Desk
 from pdrouter.handoff.failure import Failure, leg_failure, router_failure
@@ -13,7 +11,7 @@ from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.legs import salted
-from pdrouter.upstream.connection import Headers
+from pdrouter.upstream.connection import Headers, note_own_failure
 from pdrouter.upstream.errors import ConnectError, DeadEndError, UpstreamError
 from pdrouter.upstream.pool import Call
 
@@ -74,9 +72,17 @@ class Alone:
         self._settled = False
 
     def start(self) -> None:
-        """Choose an engine and ask it."""
+        """Begin, or begin again (as `pdrouter.handoff.pair.Pair.start`)."""
         if self._settled:
             return
+        try:
+            self._begin()
+        except Exception:
+            note_own_failure()
+            self._dead_end()
+
+    def _begin(self) -> None:
+        """Choose an engine and ask it."""
         desk, record = self._desk, self._record
         engine = desk.choose(Role.DECODE, self._asked, self.refused)
         if engine is None:
@@ -171,8 +177,7 @@ class Alone:
     def failed(self, error: UpstreamError) -> None:
         """Ask another engine when the client has seen nothing yet, else tell."""
         if isinstance(error, DeadEndError):
-            self._settled = True
-            self._sink.failed(router_failure())
+            self._dead_end()
             return
         self._call = None
         self._way.failed(error.reason)
@@ -197,6 +202,10 @@ class Alone:
         self._record.retries += 1
         desk.later(self, self._failed - 1)
         return True
+
+    def _dead_end(self) -> None:
+        """The router itself failed where nothing else can be tried."""
+        self._settle_failed(router_failure())
 
     def _settle_failed(self, failure: Failure) -> None:
         if not self._settled:
@@ -223,8 +232,3 @@ class Alone:
         self._paused = False
         if self._call is not None:
             self._call.resume()
-
-
-def streams(body: Mapping[str, object]) -> bool:
-    """Whether a body asks for a stream of events, in any spelling that vLLM takes."""
-    return bool(body.get("stream"))

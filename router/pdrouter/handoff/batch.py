@@ -27,7 +27,6 @@ class Part:
 
     def head(self, status: int, headers: Headers) -> None:
         """Take the head; a batch has one of its own."""
-        self._batch.part_headers = headers
 
     def body(self, data: bytes) -> None:
         """Take a piece of the body."""
@@ -60,7 +59,6 @@ class Batch(Delivery):
             make: makes what serves prompt number i and gives its answer to a part.
         """
         super().__init__(desk, client, record)
-        self.part_headers: Headers = []
         self._prompts = prompts
         self._make = make
         self._next = 0

@@ -50,7 +50,7 @@ from pdrouter.openai.asked import CHAT, COMPLETIONS
 from pdrouter.openai.continuation import IDS_FIELD, why_not
 from pdrouter.openai.features import Prompt
 from pdrouter.openai.legs import decode_leg, encoded, prefill_leg, salted
-from pdrouter.upstream.connection import Headers
+from pdrouter.upstream.connection import Headers, note_own_failure
 from pdrouter.upstream.errors import (
     ConnectError,
     DeadEndError,
@@ -173,10 +173,18 @@ class Pair(Handoff):
         self._coming_at: Engine | None = None
 
     def start(self) -> None:
-        """Begin, or begin again: choose engines and ask prefill."""
+        """Begin, or begin again; often called by a timer, where a bug would hang the request."""
         if self.state is State.SETTLED:
             return
         self.state = State.WAITING
+        try:
+            self._begin()
+        except Exception:
+            note_own_failure()
+            self._dead_end()
+
+    def _begin(self) -> None:
+        """Choose engines and ask prefill."""
         if self._ticket is not None and self._ticket.cause is None:
             self._hand_over_to_another()
             return
@@ -720,7 +728,7 @@ class Pair(Handoff):
         self._sink.failed(failure)
 
     def _dead_end(self) -> None:
-        """The router itself failed on a failure, wherever that was: the sink aborts what is left of this."""
+        """The router itself failed where nothing else can be tried: the sink aborts what is left of this."""
         self.state = State.SETTLED
         self._sink.failed(router_failure())
 

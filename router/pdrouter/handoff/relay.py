@@ -3,7 +3,7 @@
 from pdrouter.handoff.client import Client
 from pdrouter.handoff.delivery import Delivery
 from pdrouter.handoff.desk import Desk
-from pdrouter.handoff.failure import Failure, leg_failure
+from pdrouter.handoff.failure import Failure
 from pdrouter.observe.record import Record
 from pdrouter.openai.usage import told_usage
 from pdrouter.upstream.connection import Headers
@@ -90,11 +90,3 @@ class Relay(Delivery):
     def failed(self, failure: Failure) -> None:
         """There will be no (complete) answer."""
         self.fail(failure)
-
-
-class Answered(Delivery):
-    """A request that the router itself answers, with a failure."""
-
-    def refuse(self, status: int, reason: str, message: str) -> None:
-        """Answer."""
-        self.fail(leg_failure(status, "router", reason, message))

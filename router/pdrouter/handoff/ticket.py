@@ -5,6 +5,7 @@ decode has fetched them. A decode that comes later reads whatever the blocks hol
 neither engine fails. So the router must not use a ticket near its end, and none twice.
 """
 
+import re
 from collections.abc import Callable
 from enum import StrEnum
 from math import inf
@@ -21,6 +22,7 @@ from pdrouter.openai.usage import told_usage
 # it logs a warning and computes the whole prompt itself.
 NEEDED = ("remote_engine_id", "remote_request_id", "remote_host", "remote_port", "remote_block_ids")
 MARGIN = 0.1  # of the lease: it began when prefill finished, before its answer came here
+_RANK = re.compile(r"_dp[0-9]+$")  # of data-parallel cores behind one address: one process starts them and ends them
 _FIELD = b'"%b":{' % TICKET_FIELD.encode()
 _MODEL = b'"model":"'
 
@@ -145,7 +147,7 @@ def read_ticket(raw: bytes, prefill: Engine, decode: Engine, asked_model: Any, r
         raise TicketError(f"it answered with model {model!r}, asked was {expected!r}")
     groups = params["remote_block_ids"]
     blocks = len(groups[0]) if isinstance(groups, list) and isinstance(groups[0], list) else 0
-    life = str(params["remote_engine_id"])
+    life = _RANK.sub("", str(params["remote_engine_id"]))
     tokens = params.get("remote_num_tokens")
     if not isinstance(tokens, int):  # older engines do not tell
         usage = told_usage(raw)

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from pdrouter.openai.errors import RequestError
-from pdrouter.openai.legs import without_transfers
+from pdrouter.openai.legs import encoded, without_transfers
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -19,13 +19,16 @@ MOST_CONTAINERS = 32 * 1024  # objects and lists; each takes 60 to 230 bytes and
 _NO_MARKS = bytes(byte for byte in range(256) if byte not in b",[{")
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[{")
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # its end may be missing: else it would be tried anew
+_TRUE = frozenset(("1", "t", "true", "y", "yes", "on"))  # in any case, as pydantic reads them for vLLM
+_FALSE = frozenset(("0", "f", "false", "n", "no", "off"))
 _FORMS = (b"multipart/form-data", b"application/x-www-form-urlencoded")
 
 
 class Asked:
     """A request body read once.
 
-    `body` and `bare`, its JSON, are without what a client may not set (`pdrouter.openai.legs`). `alone` is the reason
+    `body` and `bare`, its JSON, are without what a client may not set (`pdrouter.openai.legs`), and `stream` in them is
+    a boolean however the client has spelled it, unless no engine would take that. `alone` is the reason
     why one engine must serve it without a handoff, or None. `prompts` has the prompts of a batch, which become one
     handoff each, or is None.
     """
@@ -140,11 +143,17 @@ def read(path: str, raw: bytes, most_prompts: int) -> Asked:
     if isinstance(prompt, list) and len(prompt) > most_prompts and not _ids(prompt):
         raise RequestError(400, f"A request may have {most_prompts} prompts; this one has {len(prompt)}.", "prompts")
     stream = body.get("stream")
+    if not isinstance(stream, bool | None) and (meant := truth(stream)) is not None:
+        body["stream"] = stream = meant
+        bare = encoded(body)
     prompts = _batch(body) if path == COMPLETIONS else None
-    alone = why_alone(body)
-    if alone is None and prompts is not None and not isinstance(stream, bool | None):
-        alone = "odd_stream"  # vLLM takes more spellings (`"stream": "yes"`) than the merging of answers could trust
-    return Asked(body, bare, alone, prompts, stream is True)
+    return Asked(body, bare, why_alone(body), prompts, stream is True)
+
+
+def truth(value: Any) -> bool | None:
+    """Give what vLLM reads where a boolean belongs (pydantic's lax mode), or None for what it refuses."""
+    told = value.lower() if isinstance(value, str) else str(int(value)) if value in (0, 1) else ""
+    return True if told in _TRUE else False if told in _FALSE else None
 
 
 def why_alone(body: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from math import inf
 
 import orjson
 
-from pdrouter.handoff.alone import Alone, streams
+from pdrouter.handoff.alone import Alone
 from pdrouter.handoff.batch import Batch, Part
 from pdrouter.handoff.delivery import Delivery
 from pdrouter.handoff.desk import Desk
@@ -174,7 +174,7 @@ class Routes:
         relay = Relay(desk, request, record)
         way = Way(b"POST", request.target, told, record.request_id, record.span)
         deadline = self._deadline(request, relay)
-        relay.begin(Alone(desk, way, asked.bare, Prompt(key, asked.body), record, relay, streams(asked.body), deadline))
+        relay.begin(Alone(desk, way, asked.bare, Prompt(key, asked.body), record, relay, asked.stream, deadline))
 
     def _generate_batch(
         self, request: ClientRequest, asked: Asked, prompts: list[object], record: Record, told: bytes

@@ -37,6 +37,11 @@ class Receiver(Protocol):
         """There will be no (further) answer; after a `DeadEndError` nothing may be tried."""
 
 
+def note_own_failure() -> None:
+    """Log that the router itself failed on a request; to be called where that exception is caught."""
+    _log.exception(_BUG)
+
+
 def tell_failure(receiver: Receiver, error: UpstreamError) -> None:
     """Tell a receiver that there is no (further) answer.
 
@@ -46,16 +51,16 @@ def tell_failure(receiver: Receiver, error: UpstreamError) -> None:
     try:
         receiver.failed(error)
     except Exception:
-        _log.exception(_BUG)
+        note_own_failure()
         try:
             receiver.failed(DeadEndError("the router failed on an engine's failure; its log tells why"))
         except Exception:
-            _log.exception(_BUG)
+            note_own_failure()
 
 
 def tell_own_failure(receiver: Receiver) -> None:
     """Tell a receiver that the router itself failed on its answer; to be called where that exception is caught."""
-    _log.exception(_BUG)
+    note_own_failure()
     tell_failure(receiver, RouterFailureError("the router failed on the engine's answer; its log tells why"))
 
 
