@@ -111,7 +111,7 @@ class Schedule:
     async def _stop(self, one: Process) -> None:
         one.process.send_signal(signal.SIGSTOP)
         try:
-            await asyncio.sleep(6)
+            await asyncio.sleep(self.draw.choice([6, 9]))  # about as long as a lease, or for certain longer
         finally:
             one.process.send_signal(signal.SIGCONT)
         await self._well()
