@@ -16,6 +16,7 @@ from pdrouter.discovery.found import Found
 from pdrouter.fleet.engine import Role
 from pdrouter.handoff import edges, release
 from pdrouter.handoff.retries import ALWAYS, RESERVE, SHARE
+from pdrouter.openai.continuation import IDS_FIELD
 from router.fakes import (
     TICKET,
     Answer,
@@ -47,7 +48,7 @@ def issue(life: str = "life-1") -> Behaviour:
     """Prefill as an engine does: a ticket of its own for each request."""
 
     async def prefill(seen: Seen, out: Out) -> None:
-        ticket = TICKET | {"remote_request_id": f"t{next(_tickets)}", "remote_engine_id": life}
+        ticket = TICKET | {"remote_request_id": f"t{next(_tickets)}", "remote_engine_id": life, "remote_num_tokens": 7}
         usage = {"prompt_tokens": 7, "total_tokens": 8, "completion_tokens": 1}
         await out.json(answer_to(seen, kv_transfer_params=ticket, usage=usage, model=seen.body.get("model", "tiny")))
 
@@ -670,6 +671,42 @@ def test_a_stream_that_had_its_end_is_ended_by_the_router_itself(events: int) ->
     run(main)
 
 
+@pytest.mark.parametrize("told", [None, False])
+def test_a_stream_whose_client_says_that_it_wants_no_ids_goes_on_elsewhere_without_them(
+    told: bool | None,
+) -> None:
+    async def main() -> None:
+        async with fleet(1, 2) as bed:
+            bed.decodes[0].behave, bed.decodes[1].behave = generate(0.5), generate(0.5)
+            body = {"model": "tiny", "prompt": "x", "max_tokens": 40, "stream": True, "ignore_eos": True}
+            got = await bed.post(COMPLETIONS, body | {IDS_FIELD: told}, x_request_id="r1")
+            assert heard(got.body) == undisturbed(COMPLETIONS, body, "r1")
+            assert {event["choices"][0]["token_ids"] for event in got.events if event["choices"]} == {None}
+            await quiet(bed)
+
+    run(main)
+
+
+def test_an_error_event_behind_half_an_event_can_be_read() -> None:
+    async def main() -> None:
+        async with fleet(1, 1) as bed:
+
+            async def begin_another(seen: Seen, out: Out) -> None:
+                events = answer(seen.target, seen.body, "r1")
+                await out.events()
+                await out.chunk(b"".join(events[:3]) + events[3][:20])
+                await asyncio.sleep(0.02)
+                out.cut()
+
+            bed.decode.behave = begin_another
+            told = await bed.complete(stream=True, frequency_penalty=1)
+            *_, half, error = told.body.removesuffix(b"\n\n").split(b"\n\n")
+            assert half.startswith(b"data: {")
+            assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == 502
+
+    run(main)
+
+
 def test_an_error_event_in_the_middle_of_a_stream_is_an_engines_death() -> None:
     async def main() -> None:
         async with fleet(1, 2) as bed:
@@ -699,7 +736,6 @@ def test_an_error_event_in_the_middle_of_a_stream_is_an_engines_death() -> None:
         {"response_format": {"type": "json_object"}},
         {"structured_outputs": {"choice": ["a"]}},
         {"bad_words": ["no"]},
-        {"return_token_ids": False},
         {"tools": [{"type": "function"}]},
     ],
     ids=lambda fields: next(iter(fields)),
@@ -1705,33 +1741,41 @@ def test_an_engine_that_has_preempted_a_stream_for_whole_answers_is_not_taken_fo
     run(main)
 
 
-def test_a_prefill_engine_full_of_tickets_may_be_silent_and_one_that_still_is_when_they_are_fetched_is_given_up() -> (
-    None
-):
+@pytest.mark.parametrize("core", ["full", "hangs", "tells nothing"])
+def test_a_prefill_engine_without_room_may_be_silent_while_tickets_are_unused_and_one_that_hangs_may_not(
+    core: str,
+) -> None:
+    """A whole answer keeps its ticket open for as long as it is generated."""
+
     async def main() -> None:
-        async with fleet(2, 1, stall_timeout_secs=0.4, policy="consistent_hash", kv_lease_seconds=20) as bed:
-            for engine in bed.router.fleet.engines[Role.PREFILL]:
-                engine.kv_tokens = 10  # a prompt has 7
+        async with fleet(2, 1, stall_timeout_secs=1, policy="consistent_hash", kv_lease_seconds=2) as bed:
             fetched = asyncio.Event()
 
             async def decode(seen: Seen, out: Out) -> None:
-                await fetched.wait()
+                if seen.body["prompt"] == "first":
+                    await fetched.wait()
                 await out.json(answer_to(seen))
 
             bed.decode.behave = decode
-            first = asyncio.ensure_future(bed.complete("first", max_tokens=4))
-            await until(lambda: bed.decode.seen, "a ticket waits to be used")
+            first = asyncio.ensure_future(bed.complete("first"))
+            await until(lambda: bed.decode.seen, "a ticket is handed over")
             one = next(one for one in bed.prefills if one.seen)
             for other in bed.prefills:
                 other.behave = hang if other is one else issue()
-            bed.router.fleet.engines[Role.PREFILL][bed.prefills.index(one)].kv_tokens = 12
-            asked = [asyncio.ensure_future(bed.complete("x" * n, max_tokens=4)) for n in range(1, 9)]
-            await until(lambda: len(one.seen) > 1, "some wait for the engine that is full")
-            await asyncio.sleep(1.2)
-            assert not any(worker["breaker_open"] for worker in await bed.workers())
-            fetched.set()
-            assert [(await one).status for one in (first, *asked)] == [200] * 9
+            if core != "tells nothing":
+                one.generated = 7
+                running = 0 if core == "full" else 1
+                one.counts = {"vllm:num_requests_waiting": 3 - running, "vllm:num_requests_running": running}
+            asked = [asyncio.ensure_future(bed.complete("x" * n)) for n in range(1, 9)]
+            await until(lambda: len(one.seen) > 1, "some wait for the silent engine")
+            if core == "full":
+                await asyncio.sleep(2.5)
+                assert not any(worker["breaker_open"] for worker in await bed.workers())
+                fetched.set()
+            assert [(await one).status for one in asked] == [200] * 8
             assert [worker["breaker_open"] for worker in await bed.workers()].count(True) == 1
+            fetched.set()
+            assert (await first).status == 200
             await quiet(bed)
 
     run(main)

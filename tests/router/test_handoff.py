@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
@@ -325,6 +325,7 @@ def test_what_no_engine_would_take_for_a_boolean_reaches_decode_as_it_is():
 _ODD = st.sampled_from(["T", "f", "ON", "2", "", " true", "tru", 0.0, 1.0, -1, 2, 0.5, [], {}, [1], "\u0131"])
 
 
+@settings(deadline=None)
 @given(value=st.one_of(_ODD, st.text(max_size=4), st.integers(), st.floats(allow_nan=False)))
 def test_booleans_are_read_as_pydantic_reads_them(value):
     try:

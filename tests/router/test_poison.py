@@ -64,16 +64,20 @@ def test_one_prompt_kills_no_more_engines_than_a_request_has_tries(
     run(main)
 
 
-def test_one_prompt_kills_no_more_engines_where_prefill_is_hedged() -> None:
+@pytest.mark.parametrize("at_once", [0, 3])
+def test_one_prompt_kills_no_more_engines_where_prefill_is_hedged(at_once: int) -> None:
     async def main() -> None:
-        async with fleet(8, 2, hedge_prefill_secs=0.02) as bed:
+        async with fleet(8, 2, hedge_prefill_secs=0.05) as bed:
             await warm(bed)
+            died = 0
 
             def slowly(engine: FakeEngine) -> Behaviour:
                 die = mortal(engine, issue())
 
                 async def serve(seen: Seen, out: Out) -> None:
-                    await asyncio.sleep(0.1)
+                    nonlocal died
+                    died += 1
+                    await asyncio.sleep(0 if died <= at_once else 0.2)
                     await die(seen, out)
 
                 return serve

@@ -1,10 +1,15 @@
 """Waiting for room: who waits, behind whom, and who need not."""
 
 import asyncio
+from typing import Any
+
+import pytest
 
 from pdrouter.fleet.engine import Role
-from router.fakes import Answer, Out, Seen, answer_to, run, until
-from router.test_failover import COMPLETIONS, fail, fleet, generate, hang, once, quiet, seen_by
+from pdrouter.handoff import pair
+from router.fakes import Answer, Behaviour, Out, Seen, answer_to, run, until
+from router.generation import CHAT
+from router.test_failover import COMPLETIONS, fail, fleet, generate, gone, hang, once, quiet, seen_by
 
 
 def test_prefill_does_not_begin_while_no_decode_engine_has_room_and_goes_on_by_deadline() -> None:
@@ -140,7 +145,7 @@ def test_a_request_that_no_engine_could_hold_is_the_engines_to_judge_and_holds_u
 
 def test_a_request_that_waits_for_another_engine_than_the_one_that_failed_it_holds_up_nobody_there() -> None:
     async def main() -> None:
-        async with fleet(1, 2, queue_timeout_secs=1.0) as bed:
+        async with fleet(1, 2, queue_timeout_secs=20) as bed:
             for one in bed.router.fleet.engines[Role.DECODE]:
                 one.kv_tokens = 150
             full, failing = bed.decodes
@@ -153,7 +158,7 @@ def test_a_request_that_waits_for_another_engine_than_the_one_that_failed_it_hol
             for number in range(4):
                 assert (await bed.complete(f"later {number}", max_tokens=100)).status == 200
             assert bed.router.desk.waiting.count(None) == 1
-            assert (await unlucky).status == 200, "the engine that failed it is better than none"
+            assert (await unlucky).status == 200, "after a while the engine that failed it will do"
             occupied.cancel()
 
     run(main)
@@ -207,5 +212,133 @@ def test_engines_of_the_kind_that_has_room_serve_while_those_of_the_other_kind_a
             for number in range(12):
                 assert (await bed.complete(f"later {number}", max_tokens=100)).status == 200
             occupied.cancel()
+
+    run(main)
+
+
+def test_a_request_goes_to_an_engine_that_could_hold_it_however_idle_a_smaller_one_is() -> None:
+    async def main() -> None:
+        async with fleet(1, 2) as bed:
+            sizes = 150, 1500
+            for one, size in zip(bed.router.fleet.engines[Role.DECODE], sizes, strict=True):
+                one.kv_tokens = size
+
+            def judge(size: int) -> Behaviour:
+                async def decode(seen: Seen, out: Out) -> None:
+                    if seen.body["max_tokens"] > size:
+                        await out.json({"error": {"message": "too long", "code": 400}}, 400)
+                    else:
+                        await generate()(seen, out)
+
+                return decode
+
+            for engine, size in zip(bed.decodes, sizes, strict=True):
+                engine.behave = judge(size)
+            for number in range(6):
+                assert (await bed.complete(f"large {number}", max_tokens=200)).status == 200
+            assert len(bed.decodes[1].seen) == 6
+
+    run(main)
+
+
+def test_small_requests_have_the_engine_that_a_large_one_waits_not_for() -> None:
+    async def main() -> None:
+        async with fleet(1, 2, queue_timeout_secs=20, policy="consistent_hash") as bed:
+            for one in bed.router.fleet.engines[Role.DECODE]:
+                one.kv_tokens = 150
+            occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=60))
+            busy = [hang]
+
+            async def occupy_and_fail(seen: Seen, out: Out) -> None:
+                await (busy.pop() if busy else once_large_fails)(seen, out)
+
+            large_fails = once(fail, generate())
+
+            async def once_large_fails(seen: Seen, out: Out) -> None:
+                await (large_fails if seen.body["prompt"] == "large" else generate())(seen, out)
+
+            for engine in bed.decodes:
+                engine.behave = occupy_and_fail
+            await until(lambda: seen_by(bed.decodes), "one engine has something to do for long")
+            large = asyncio.ensure_future(bed.complete("large", max_tokens=120))
+            await until(lambda: bed.router.desk.waiting.count(None) == 1, "the large one waits for that engine")
+            answers = await asyncio.gather(*(bed.complete(f"small {n}", max_tokens=10) for n in range(12)))
+            assert [told.status for told in answers] == [200] * 12
+            assert bed.router.desk.waiting.count(None) == 1, "it waits as before"
+            assert (await large).status == 200
+            occupied.cancel()
+
+    run(main)
+
+
+def test_who_waits_for_room_has_an_engine_again_that_died_of_something_and_came_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pair, "_GRUDGE", 100.0)
+
+    async def main() -> None:
+        async with fleet(1, 2, queue_timeout_secs=20) as bed:
+            for one in bed.router.fleet.engines[Role.DECODE]:
+                one.kv_tokens = 150
+            full, dying = bed.decodes
+            full.behave = hang
+            occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=100))
+            await until(lambda: full.seen, "one engine is full")
+            dying.behave = hang
+            asked = asyncio.ensure_future(bed.complete("unlucky", max_tokens=100))
+            await until(lambda: dying.seen, "the other has a request")
+            await gone(bed, dying)
+            await until(lambda: bed.router.desk.waiting.count(None) == 1, "which waits for room when that one is gone")
+            dying.behave = generate()
+            await dying.start_again()
+            back = next(one for one in bed.router.fleet if one.url == dying.url)
+            bed.router.fleet.mark(back, True, "test")
+            assert (await asked).status == 200
+            occupied.cancel()
+
+    run(main)
+
+
+def test_a_request_that_no_engine_could_hold_waits_behind_nobody() -> None:
+    async def main() -> None:
+        async with fleet(1, 1, queue_timeout_secs=20) as bed:
+            bed.router.fleet.engines[Role.DECODE][0].kv_tokens = 150
+
+            async def decode(seen: Seen, out: Out) -> None:
+                if seen.body["max_tokens"] > 150:
+                    await out.json({"error": {"message": "too long", "code": 400}}, 400)
+                else:
+                    await hang(seen, out)
+
+            bed.decode.behave = decode
+            asked = [asyncio.ensure_future(bed.complete(name, max_tokens=100)) for name in ("first", "waits")]
+            await until(lambda: bed.router.desk.waiting.count(None) == 1, "one waits for room")
+            assert (await bed.complete("giant", max_tokens=1000)).status == 400
+            for one in asked:
+                one.cancel()
+
+    run(main)
+
+
+@pytest.mark.parametrize("told", ["picture", "counted"])
+def test_what_is_many_bytes_but_few_tokens_leaves_room_for_others(told: str) -> None:
+    """A picture is not counted by its bytes, and what prefill has counted is believed on decode."""
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 300_000}}
+    content: Any = [picture, {"type": "text", "text": "What is it?"}] if told == "picture" else "A" * 300_000
+    large = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 8}
+
+    async def main() -> None:
+        async with fleet(1, 1, queue_timeout_secs=0.5) as bed:
+            bed.router.fleet.engines[Role.DECODE][0].kv_tokens = 80_000
+            left = [hang]
+
+            async def decode(seen: Seen, out: Out) -> None:
+                await (left.pop() if left else generate())(seen, out)
+
+            bed.decode.behave = decode
+            asking = asyncio.ensure_future(bed.post(CHAT, large))
+            await until(lambda: bed.decode.seen, "it is served")
+            assert (await bed.complete("text", max_tokens=6000)).status == 200
+            asking.cancel()
 
     run(main)

@@ -9,6 +9,7 @@ import pytest
 from pdrouter import app
 from pdrouter.fleet.engine import Role
 from pdrouter.fleet.health import Probe
+from pdrouter.handoff.relay import Relay
 from pdrouter.upstream.connection import EngineConnection
 from pdrouter.upstream.errors import ExhaustedError, UpstreamError
 from router.fakes import Out, Seen, routed, run, until
@@ -121,6 +122,17 @@ def test_a_bug_in_what_the_router_does_about_a_failure_ends_the_request_instead_
             assert (told.complete, error["code"], error["type"]) == (kind != "stream", 500, "InternalServerError")
             await until(lambda: not bed.router.pool.engines(), "nothing is under way")
             assert bed.router.desk.admission.running == 0
+
+    run(main)
+
+
+def test_a_bug_in_telling_a_failure_of_a_request_without_a_handoff_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with fleet(1, 1) as bed:
+            bed.decode.behave = reset
+            monkeypatch.setattr(Relay, "failed", once_broken(Relay.failed))
+            told = await bed.complete(echo=True, logprobs=1)
+            assert (told.status, told.error["type"]) == (500, "InternalServerError")
 
     run(main)
 

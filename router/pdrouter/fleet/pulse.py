@@ -1,14 +1,15 @@
 """Whether the core of an engine works that sends nothing, by the counters of its `/metrics`.
 
 vLLM's frontend answers `/metrics` while its core hangs, with the numbers of before. A core that works changes one of
-them with every step: tokens, steps, or how full the KV cache is while a long prompt is computed.
+them with every step: tokens, steps, or how full the KV cache is while a long prompt is computed. One that has nothing
+but requests that wait has no room for them, which is as it should be while tickets pin its blocks.
 """
 
 from math import inf
 
 from pdrouter.fleet.engine import Engine
 from pdrouter.fleet.page import Page
-from pdrouter.fleet.scrape import values
+from pdrouter.fleet.scrape import RUNNING, WAITING, values
 from pdrouter.upstream.pool import Pool
 
 _GENERATED = b"vllm:generation_tokens_total"
@@ -35,7 +36,7 @@ class Pulse:
     Times are those of the loop, in seconds.
     """
 
-    __slots__ = ("_asked", "_counters", "_engine", "_every", "_page", "_pool", "_since", "moved", "stood")
+    __slots__ = ("_asked", "_counters", "_engine", "_every", "_page", "_pool", "_since", "stood", "well")
 
     def __init__(self, engine: Engine, pool: Pool, every: float) -> None:
         """Prepare.
@@ -46,7 +47,7 @@ class Pulse:
             every: how often.
         """
         self.stood = 0.0
-        self.moved = -inf
+        self.well = -inf
         self._engine = engine
         self._pool = pool
         self._every = every
@@ -58,7 +59,8 @@ class Pulse:
     def look(self, now: float) -> None:
         """Ask, if it is time to.
 
-        `stood` tells how long the counters have been seen standing still, `moved` when they were last seen to move.
+        `stood` tells how long the counters have been seen standing still, `well` when they last told that the core
+        works, or waits for its tickets to be used.
         """
         if self._page is None and now - self._asked >= self._every:
             self._asked = now
@@ -75,9 +77,9 @@ class Pulse:
         if page is None:
             return
         try:
-            told = counters(page)
+            told, full = counters(page), self._full(page)
         except ValueError:
-            told = []
+            told, full = [], False
         if told and told == self._counters:
             # From when the first answer was read to when the last one was asked for: what the router itself
             # slept through between an engine's answer and its reading must not count.
@@ -86,5 +88,10 @@ class Pulse:
             self.stood = 0.0
             self._since = self._pool.loop.time()
             if told and self._counters:
-                self.moved = self._since
+                self.well = self._since
             self._counters = told
+        if full:
+            self.well = self._pool.loop.time()
+
+    def _full(self, page: bytes) -> bool:
+        return self._engine.pinned_tokens > 0 and sum(values(page, WAITING)) > 0 and sum(values(page, RUNNING)) == 0

@@ -15,6 +15,8 @@ from pdrouter.fleet.rows import Rows
 from pdrouter.upstream.pool import Pool
 
 _log = logging.getLogger(__name__)
+WAITING = b"vllm:num_requests_waiting"
+RUNNING = b"vllm:num_requests_running"
 _BLOCKS = re.compile(rb'num_gpu_blocks="(\d+)"')
 _BLOCK_SIZE = re.compile(rb'[{,]block_size="(\d+)"')
 
@@ -52,8 +54,8 @@ def cache_size(page: bytes) -> tuple[int, int]:
 
 def read(page: bytes, engine: Engine) -> bool:
     """Put a page's numbers into an engine's load row; tell whether they were there."""
-    waiting = values(page, b"vllm:num_requests_waiting")
-    running = values(page, b"vllm:num_requests_running")
+    waiting = values(page, WAITING)
+    running = values(page, RUNNING)
     usage = values(page, b"vllm:kv_cache_usage_perc")
     if not (waiting and running and usage):
         return False

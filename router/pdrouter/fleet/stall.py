@@ -5,13 +5,10 @@ clients it works. `/health` says nothing of that, for vLLM's frontend answers it
 owes bytes and is silent is given up after `seconds`, a prefill engine after as much longer as its prompts may need at
 the least rate that is believed.
 
-A prefill engine may be silent because what it has computed fills its KV cache until decode engines have room for it;
-one that hangs computes nothing more, so the tickets that speak for it end before long.
-
-A decode engine may be silent and work: on answers of which nothing is heard before they are complete, on those of the
-router's other processes, or on others than the one that it has preempted. Then its counters tell
-(`pdrouter.fleet.pulse`): it is given up when they have stood still for as long. An engine without them gets the benefit
-of the doubt, unless it has begun an answer of which it says no more.
+An engine may be silent and work. A decode engine: on answers of which nothing is heard before they are complete, on
+those of the router's other processes, or on others than the one that it has preempted. A prefill engine: it may have no
+room until decode engines fetch what it has computed. Then its counters tell (`pdrouter.fleet.pulse`): who is well by
+them is not given up, and a decode engine that need not say anything only when they have stood still for as long.
 
 Engines that have left the fleet are looked at as long as they have requests, which hang as any other's would.
 """
@@ -40,15 +37,6 @@ class _Owes(Enum):
     SOON = auto()
 
 
-def _full(engine: Engine) -> bool:
-    """Whether tickets may leave a prefill engine no room for what it is asked.
-
-    Prompts that are not computed are only estimated, and others may share blocks or leave them half empty.
-    """
-    pinned = engine.pinned_tokens
-    return pinned > 0 and 2 * (pinned + engine.queued_tokens) > engine.kv_tokens
-
-
 class Stall:
     """Looks four times a second."""
 
@@ -72,7 +60,7 @@ class Stall:
     def _owes(self, engine: Engine) -> _Owes:
         calls = self._pool.open(engine)
         if engine.role is Role.PREFILL:
-            return _Owes.SOON if calls and not _full(engine) else _Owes.NOTHING
+            return _Owes.SOON if calls else _Owes.NOTHING
         unseen, owed = engine.elsewhere[0] > 0, False
         for call in calls:
             if call.paused:
@@ -103,10 +91,12 @@ class Stall:
             if not silent or before is not owes:
                 since = now
             self._last[engine] = owes, engine.worked, since
-            pulse = self._pulse(engine, pulses, now) if silent and engine.role is Role.DECODE else None
-            stood = 0.0 if pulse is None else pulse.stood
+            if not silent:
+                continue
+            pulse = self._pulse(engine, pulses, now)
+            stood = pulse.stood if engine.role is Role.DECODE else 0.0
             if owes is _Owes.SOON:
-                stood = max(stood, now - (since if pulse is None else max(since, pulse.moved)))
+                stood = max(stood, now - max(since, pulse.well))
             if stood > self._seconds + engine.queued_tokens / LEAST_RATE:
                 self._give_up(engine, stood)
         for pulse in pulses.values():  # of engines that have been heard, owe nothing or are gone

@@ -205,7 +205,8 @@ class Alone:
 
     def _dead_end(self) -> None:
         """The router itself failed where nothing else can be tried."""
-        self._settle_failed(router_failure())
+        self._settled = True
+        self._sink.failed(router_failure())
 
     def _settle_failed(self, failure: Failure) -> None:
         if not self._settled:

@@ -157,10 +157,11 @@ class Desk:
         return None
 
     def _roomy(self, role: Role, asked: Prompt, candidates: Sequence[Engine]) -> Engine:
-        """Choose among engines, one with room if there is any."""
+        """Choose among engines, one with room if there is any, else one that could have it."""
         chosen = self._chosen(role, asked, candidates)
         if chosen.kv_tokens and not self.has_room(chosen, asked):
             roomy = [engine for engine in candidates if self.has_room(engine, asked)]
+            roomy = roomy or [engine for engine in candidates if self._could_hold(engine, asked)]
             if roomy:
                 chosen = self._chosen(role, asked, roomy)
         return chosen
@@ -188,21 +189,24 @@ class Desk:
         """Predict how many tokens a request will hold on decode: its prompt and what answers have lately had."""
         limit = asked.max_tokens
         typical = int(self._typical)
-        return asked.tokens + asked.choices * (min(limit, typical) if limit else typical)
+        return (asked.counted or asked.tokens) + asked.choices * (min(limit, typical) if limit else typical)
 
     def has_room(self, engine: Engine, asked: Prompt) -> bool:
-        """Whether an engine's KV cache has room for a request, as far as its size is known.
-
-        A request that would not even fit into an empty cache is let through for the engine to judge.
-        """
+        """Whether an engine's KV cache has room for a request, as far as its size is known."""
         size = engine.kv_tokens
         if not size:
             return True
         if engine.role is Role.PREFILL:
-            held, more = engine.queued_tokens + engine.pinned_tokens, asked.tokens
-        else:
-            held, more = engine.held_tokens, self.needs(asked)
-        return held + more <= size or more > size
+            return engine.queued_tokens + engine.pinned_tokens + asked.tokens <= size
+        return engine.held_tokens + self.needs(asked) <= size
+
+    def _could_hold(self, engine: Engine, asked: Prompt) -> bool:
+        size = engine.kv_tokens
+        return not size or (asked.tokens if engine.role is Role.PREFILL else self.needs(asked)) <= size
+
+    def too_large(self, asked: Prompt) -> bool:
+        """Whether no decode engine's empty KV cache would hold a request, so that waiting for room is in vain."""
+        return not any(self._could_hold(engine, asked) for engine in self.fleet.healthy(Role.DECODE))
 
     def answered_with(self, tokens: int) -> None:
         """Learn how long answers are."""

@@ -22,7 +22,7 @@ Only an engine's answer below 500 and the client's own limits end a request othe
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf
 from time import perf_counter
 from typing import Any, Protocol
@@ -61,6 +61,8 @@ from pdrouter.upstream.errors import (
     VanishedError,
 )
 from pdrouter.upstream.pool import Call
+
+_GRUDGE = 1.0  # seconds that a request would rather wait for room than ask who failed it; each failure doubles them
 
 
 class State(enum.Enum):
@@ -119,7 +121,8 @@ class Pair(Handoff):
         "_alone", "_asked", "_bare", "_began", "_body", "_call", "_coming", "_coming_at", "_continued",
         "_decode", "_desk", "_first_at", "_fruitless", "_furthest", "_headed", "_hedge", "_lacking",
         "_leases_ended", "_leg", "_met", "_only", "_path", "_paused", "_place", "_prefill", "_record",
-        "_same", "_sink", "_stream", "_streams", "_ticket", "_way", "deadline", "passed", "refused", "state",
+        "_refused", "_refused_at", "_same", "_sink", "_stream", "_streams", "_ticket", "_way", "deadline", "passed",
+        "state",
     )  # fmt: skip
 
     def __init__(
@@ -165,12 +168,17 @@ class Pair(Handoff):
         self._fruitless = self._furthest = self._leases_ended = 0
         self._headed = False
         self._continued = False
-        self.refused: list[Engine] = []
-        self._began = self._first_at = 0.0
+        self._refused: list[Engine] = []
+        self._began = self._first_at = self._refused_at = 0.0
         self._only = False
         self._lacking = self._met = 0
         self._coming = 0
         self._coming_at: Engine | None = None
+
+    @property
+    def refused(self) -> Sequence[Engine]:
+        """Give the engines that have failed it of late."""
+        return self._refused
 
     def start(self) -> None:
         """Begin, or begin again; often called by a timer, where a bug would hang the request."""
@@ -190,16 +198,23 @@ class Pair(Handoff):
             return
         desk = self._desk
         asked = self._asked
-        decode = desk.choose(Role.DECODE, asked, self.refused)
+        self._forgive()
+        refused: Sequence[Engine] = self._refused
+        left = None
+        if len(desk.waiting) and not self._headed and not desk.too_large(asked):
+            left = desk.waiting.left_over(self)
+            if left is not None:
+                refused = [*refused, *(one for one in desk.fleet.healthy(Role.DECODE) if one not in left)]
+        decode = desk.choose(Role.DECODE, asked, refused)
         if decode is None:
-            self._wait(Role.DECODE)
+            self._wait(Role.DECODE if left is None else None)
             return
         prefill = self._same
         if prefill is None or not desk.fleet.may_serve(prefill):
-            prefill = desk.choose(Role.PREFILL, asked, self.refused)
+            prefill = desk.choose(Role.PREFILL, asked, refused)
         if prefill is not None and desk.picky and not desk.fits(prefill, decode):
-            prefill, decode = desk.ends(asked, self.refused, prefill) or (None, decode)
-        if not desk.has_room(decode, asked) or (not self._headed and desk.waiting.before(self, decode)):
+            prefill, decode = desk.ends(asked, refused, prefill) or (None, decode)
+        if not desk.has_room(decode, asked) and not desk.too_large(asked):
             self._wait(None)
         elif prefill is None:
             if desk.decode_only and not self._refused_some(Role.PREFILL):
@@ -213,17 +228,32 @@ class Pair(Handoff):
         else:
             self._ask_prefill(prefill, decode)
 
+    def _refuse(self, engine: Engine) -> None:
+        """Rather have another engine from now on."""
+        self._refused.append(engine)
+        self._refused_at = self._desk.loop.time()
+
+    def _forgive(self) -> None:
+        """Forget what engines have failed it that may be well again: those that were away, after a while all."""
+        refused, fleet = self._refused, self._desk.fleet
+        if not refused:
+            return
+        if self._desk.loop.time() - self._refused_at > _GRUDGE * 2 ** max(0, self._fruitless - 1):
+            refused.clear()
+        else:
+            self._refused = [engine for engine in refused if fleet.may_serve(engine)]
+
     def _refused_some(self, role: Role) -> bool:
         """Whether there are engines of a role that are only not asked because they have failed this request before."""
         may_serve = self._desk.fleet.may_serve
-        return any(engine.role is role and may_serve(engine) for engine in self.refused)
+        return any(engine.role is role and may_serve(engine) for engine in self._refused)
 
     def _wait(self, role: Role | None) -> None:
         """Wait for an engine of a role, or for room (None)."""
         desk = self._desk
         if role is not None and (self._refused_some(Role.PREFILL) or self._refused_some(Role.DECODE)):
             # All there are have failed this request before, which is better than nothing, a little later.
-            self.refused.clear()
+            self._refused.clear()
             desk.later(self, self._fruitless)
             return
         desk.waiting.park(self, role, self._headed or self._ticket is not None)
@@ -232,10 +262,6 @@ class Pair(Handoff):
         """It waited as long as a request may wait (`pdrouter.handoff.waiting`)."""
         if role is not None:
             self._settle_failed(no_engine(role, seconds, retry_after))
-            return
-        if self._refused_some(Role.DECODE):  # they may have room, and it is them or nobody
-            self.refused.clear()
-            self.start()
             return
         headers = b"retry-after: %d\r\n" % retry_after
         message = f"No decode engine had room for the request within {seconds:.0f} s; try again in {retry_after} s."
@@ -270,7 +296,9 @@ class Pair(Handoff):
         prefill, decode, desk, asked = self._prefill, self._decode, self._desk, self._asked
         if self.state is not State.PREFILL or self._hedge is not None or prefill is None or decode is None:
             return
-        other = desk.choose(Role.PREFILL, asked, [*self.refused, prefill])
+        if self._fruitless >= EACH:
+            return
+        other = desk.choose(Role.PREFILL, asked, [*self._refused, prefill])
         if other is None or not desk.has_room(other, asked) or (desk.picky and not desk.fits(other, decode)):
             return
         if not desk.retries.spend(desk.admission.running):
@@ -297,7 +325,7 @@ class Pair(Handoff):
             self._again(engine, failure)
             return
         self._fruitless += 1  # both engines may have died of the request
-        self.refused.append(engine)
+        self._refuse(engine)
         self._hedge = None
         self._take_up(hedge)
 
@@ -381,6 +409,7 @@ class Pair(Handoff):
         if times is not None and self._only:
             times.prefilled(self._lacking, now - self._began)
         self._ticket = ticket
+        self._asked.counted = ticket.prompt_tokens or 0
         desk.issued(ticket, self._asked.tokens)
         decode = self._decode
         if desk.chooses_late or not desk.fleet.may_serve(decode):
@@ -402,11 +431,16 @@ class Pair(Handoff):
         message = f"The prefill leg failed: {error}."
         self._desk.broken(engine, error)
         failure = leg_failure(502, Role.PREFILL, error.reason, message)
-        if isinstance(error, ConnectError) and self._hedge is None:
-            self.refused.append(engine)
+        if not isinstance(error, ConnectError):
+            self._prefill_lost(engine, failure)
+            return
+        self._refuse(engine)
+        hedge = self._hedge
+        if hedge is None:
             self._start_over()
         else:
-            self._prefill_lost(engine, failure)
+            self._hedge = None
+            self._take_up(hedge)
 
     def _start_over(self) -> None:
         """Begin again at no cost: the engine has not seen the request."""
@@ -431,7 +465,7 @@ class Pair(Handoff):
         self._reserve(None)
         ticket.handed = False
         other = prefill if desk.picky else None
-        decode = desk.choose(Role.DECODE, self._asked, self.refused, other) or otherwise
+        decode = desk.choose(Role.DECODE, self._asked, self._refused, other) or otherwise
         if decode is None:  # one that has failed this request, or a closed way, is better than a second prefill
             decode = desk.choose(Role.DECODE, self._asked, (), other, closed=True)
         if decode is None:
@@ -478,18 +512,18 @@ class Pair(Handoff):
         if isinstance(error, ConnectError | VanishedError):
             self._desk.broken(engine, error)
         # Where there is no other it is asked again, but not all the time.
-        self._desk.later(self, 3 if engine in self.refused else 0)
-        self.refused.append(engine)
+        self._desk.later(self, 3 if engine in self._refused else 0)
+        self._refuse(engine)
 
     def _tells_ids(self) -> bool:
         """Begin to follow a stream that could go on elsewhere; tell whether ids must be asked for."""
         if self._stream is None:
             if not self._streams or not self._desk.continues:
                 return False
-            if (IDS_FIELD in self._body and self._body[IDS_FIELD] is not True) or why_not(self._path, self._body):
+            if why_not(self._path, self._body):
                 return False
             self._stream = Stream(self._path, self._body)
-        return IDS_FIELD not in self._body
+        return not self._body.get(IDS_FIELD)
 
     def _decode_alone(self, decode: Engine, reason: str) -> None:
         """Let decode compute the prompt too."""
@@ -599,7 +633,7 @@ class Pair(Handoff):
             self._desk.broken(engine, error)
             failure = leg_failure(502, Role.DECODE, error.reason, f"The decode leg failed: {error}.")
         if isinstance(error, ConnectError):
-            self.refused.append(engine)
+            self._refuse(engine)
             ticket = self._ticket
             if ticket is None or self._alone:
                 self._start_over()
@@ -684,7 +718,7 @@ class Pair(Handoff):
         if self._leases_ended > 2:
             self._again(decode, leg_failure(504, Role.DECODE, "lease_ended", "Its leases ended before decode had it."))
             return
-        self.refused.append(decode)
+        self._refuse(decode)
         self._record.retries += 1
         self._start_over()
 
@@ -696,7 +730,7 @@ class Pair(Handoff):
         self._reserve(None)
         self._fruitless += 1
         if engine is not None:
-            self.refused.append(engine)
+            self._refuse(engine)
             if engine.role is Role.DECODE:
                 self._same = self._prefill
             elif self._same is engine:

@@ -88,5 +88,7 @@ class Relay(Delivery):
             self.client.respond(self._status, whole, self._headers)
 
     def failed(self, failure: Failure) -> None:
-        """There will be no (complete) answer."""
+        """There will be no (complete) answer; of a half event its client has to see the end before it sees another."""
+        if self.event_stream and self.started and not self.settled and not self._last.endswith(b"\n\n"):
+            self.client.write(b"\n\n")
         self.fail(failure)

@@ -93,18 +93,24 @@ class Waiting:
         if self._timer is None:
             self._timer = self._loop.call_later(min(1.0, self._seconds / 10), self._look)
 
-    def before(self, one: Parked, engine: Engine) -> bool:
-        """Whether another request waits for room at an engine that has less time left, or as much and came before."""
+    def left_over(self, one: Parked) -> set[Engine] | None:
+        """Give the engines that nobody wants who waits for room and comes before a request; None where nobody does.
+
+        Before it comes who has less time left, or as much and was there first.
+        """
         if not self._heap:
-            return False
-        now = self._loop.time()
-        since = self._since.get(one, now)
+            return None
+        since = self._since.get(one, self._loop.time())
         deadline = min(since + self._seconds, one.deadline)
-        return any(
-            place.role is None and place.one is not None and place.deadline <= deadline
-            and engine not in place.one.refused
-            for place in self._heap
-        )  # fmt: skip
+        left: set[Engine] | None = None
+        for place in self._heap:
+            other = place.one
+            if other is None or place.role is not None or place.deadline > deadline:
+                continue
+            left = set(other.refused) if left is None else left.intersection(other.refused)
+            if not left:
+                break
+        return left
 
     def leave(self, one: Parked) -> None:
         """Forget a request; nothing happens when it does not wait."""
@@ -124,7 +130,7 @@ class Waiting:
 
     def _try(self) -> None:
         self._woken = False
-        stuck: set[Role | None] = set()
+        stuck: dict[Role | None, list[Sequence[Engine]]] = {}
         heap, self._heap = self._heap, []
         back: list[_Place] = []
         while heap:
@@ -132,7 +138,8 @@ class Waiting:
             one = place.one
             if one is None:
                 continue
-            if place.role in stuck:  # nobody overtakes one that waits for the same and has less time left
+            # Nobody overtakes one that has less time left, unless by what that one would not take.
+            if any(all(engine in one.refused for engine in those) for those in stuck.get(place.role, ())):
                 back.append(place)
                 continue
             del self._places[one]
@@ -140,8 +147,8 @@ class Waiting:
             again = self._places.get(one)
             if again is None:
                 self._since.pop(one, None)
-            elif not one.refused:  # else what it would not take may do for the next
-                stuck.add(again.role)
+            else:
+                stuck.setdefault(again.role, []).append(one.refused)
         for place in back:
             heappush(self._heap, place)
 

@@ -13,6 +13,7 @@ from pdrouter.policies.routing_key import RoutingKey
 
 _MOST_TOKENS = 1 << 31  # no engine generates as many: who allows more means no limit
 BYTES_PER_TOKEN = 4  # of English text with Llama 3.1's tokenizer: 4.2 to 4.5
+PICTURE = 1500  # tokens; the bytes of a picture, or of sound, say nothing of how many it takes
 _END = b"\x01"
 
 
@@ -37,10 +38,19 @@ def _messages(messages: Any) -> Iterable[bytes]:
     return map(_message, messages) if isinstance(messages, list) else (_part(messages),)
 
 
-class Prompt:
-    """A request as policies see it."""
+def _no_text(messages: Any) -> Iterable[Mapping[str, Any]]:
+    """Give the parts of a conversation that are pictures or the like."""
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, Mapping) and not isinstance(part.get("text"), str):
+                yield part
 
-    __slots__ = ("_body", "_chain", "_prefix", "_tokens", "key", "session")
+
+class Prompt:
+    """A request as policies see it. `counted` is how many tokens the prompt has, once an engine has told; else 0."""
+
+    __slots__ = ("_body", "_chain", "_prefix", "_tokens", "counted", "key", "session")
 
     def __init__(self, key: RoutingKey, body: Mapping[str, Any], session: str | None = None) -> None:
         """Prepare.
@@ -50,6 +60,7 @@ class Prompt:
             body: its parsed JSON with one prompt, or an empty mapping for requests without a prompt.
             session: what it names as its session.
         """
+        self.counted = 0
         self.key = key
         self.session = session
         self._body = body
@@ -111,6 +122,8 @@ class Prompt:
                 size = len(prompt)
             elif self._body:
                 size = len(self.prefix)
+                for part in _no_text(self._body.get("messages")):
+                    size += PICTURE * BYTES_PER_TOKEN - len(_part(part))
             else:
                 size = 0
             self._tokens = max(1, size // BYTES_PER_TOKEN)
