@@ -2,7 +2,8 @@
 
 vLLM's frontend answers `/metrics` while its core hangs, with the numbers of before. A core that works changes one of
 them with every step: tokens, steps, or how full the KV cache is while a long prompt is computed. One that has nothing
-but requests that wait has no room for them, which is as it should be while tickets pin its blocks.
+but requests that wait has no room for them, which is as it should be while tickets pin its blocks (so seen on a full
+prefill engine of vLLM 0.32: none runs, four wait, three blocks of ten free, all else stands still).
 """
 
 from math import inf
