@@ -143,7 +143,7 @@ class Router:
             yield described.EDGE_CLOSED, ends, int(edge.closed)
         for outcome, count in self._canary.outcomes.items():
             yield described.CANARIES, (outcome,), count
-        for ends in self._canary.differing:
+        for ends in self._canary.differing():
             yield described.CANARY_DIFFERS, ends, 1
         for source in self._sources:
             yield described.SOURCE_AGE, (source.name,), source.age

@@ -44,6 +44,19 @@ class Deadlines:
         """Wait no more; nothing happens when it did not wait."""
         self._ends.pop(waiting, None)
 
+    def shorten(self, seconds: float) -> None:
+        """Allow less from now on, also to those who wait: who has waited longer is told at once."""
+        less = self.seconds - seconds
+        if less <= 0:
+            return
+        self.seconds = seconds
+        self._step = min(1.0, seconds / 10)
+        for waiting in self._ends:
+            self._ends[waiting] -= less
+        if self._timer is not None:
+            self._timer.cancel()
+            self._look()
+
     def _look(self) -> None:
         now = self._loop.time()
         late = []

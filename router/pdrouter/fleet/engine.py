@@ -18,12 +18,13 @@ class Engine:
 
     `name` is its identity for hash policies: the URL, or the pod's name, which outlives a restart. `models` maps each
     model name that the engine serves to what it loads (vLLM's `root`): aliases of one model share it, an adapter has
-    its own. Empty until the engine was asked. `failures` counts legs that failed in a row (`pdrouter.fleet.breaker`),
-    `answered` and `failed` all legs. `cached` and `uncached` add up the tokens of the prompts it was given, as the
-    policy predicted. `heard` counts reads from its connections, `worked` those that answered requests of clients,
-    `heard_then` and `heard_before` are what `heard` was at the last looks. What `group` says tells which engines can
-    exchange KV blocks (`Fleet.compatible`). `suspected` is when its prefix cache was last thought to hold KV of other
-    prompts, microseconds of the wall clock, 0 for never (`Pool.suspect`).
+    its own. Empty until the engine was asked. `failures` counts legs that failed in a row (`pdrouter.fleet.breaker`)
+    and is load until `blamed_until` (`time.monotonic`), `answered` and `failed` count all legs. `gone` is true of an
+    engine that left the fleet, which never comes back: its successor is another object. `cached` and `uncached` add up
+    the tokens of the prompts it was given, as the policy predicted. `heard` counts reads from its connections, `worked`
+    those that answered requests of clients, `heard_then` and `heard_before` are what `heard` was at the last looks.
+    What `group` says tells which engines can exchange KV blocks (`Fleet.compatible`). `suspected` is when its prefix
+    cache was last thought to hold KV of other prompts, microseconds of the wall clock, 0 for never (`Pool.suspect`).
 
     The load row: `in_flight`, `queued_tokens` and `held_tokens` are what this process gave it to do, `elsewhere` what
     the router's other processes did (`pdrouter.fleet.rows`), `waiting`, `running` and `kv_usage` what its metrics said
@@ -31,8 +32,8 @@ class Engine:
     """
 
     __slots__ = (
-        "answered", "authority", "block_size", "cached", "elsewhere", "failed", "failures", "group",
-        "healthy", "heard", "heard_before", "heard_then", "host", "kv_tokens", "kv_usage", "leaving",
+        "answered", "authority", "blamed_until", "block_size", "cached", "elsewhere", "failed", "failures", "gone",
+        "group", "healthy", "heard", "heard_before", "heard_then", "host", "kv_tokens", "kv_usage", "leaving",
         "longest_context", "models", "name", "own_coming", "own_held", "own_in_flight", "own_pinned",
         "own_queued", "port", "role", "running", "scraped_at", "suspected", "uncached", "url", "version", "waiting",
         "worked",
@@ -47,7 +48,8 @@ class Engine:
         self.port = parts.port or 80
         self.authority = parts.netloc.encode()
         self.healthy = False
-        self.leaving = False
+        self.leaving = self.gone = False
+        self.blamed_until = -inf
         self.failures = self.answered = self.failed = 0
         self.cached = self.uncached = self.suspected = 0
         self.models: dict[str, str] = {}
@@ -66,11 +68,18 @@ class Engine:
 
     @property
     def in_flight(self) -> int:
-        """Requests that the router gave it and that are not over, and those that it failed in a row.
+        """Requests that the router gave it and that are not over, and for a while those that it failed in a row.
 
-        An engine that fails at once has nothing to do; were failures no load, it would be given everything.
+        An engine that fails at once has nothing to do; were failures no load, it would be given everything. Were they
+        load until it answers, one that is well again would not be asked and so could not answer.
         """
-        return self.own_in_flight + self.elsewhere[0] + self.failures
+        given = self.given
+        return given + self.failures if self.failures and monotonic() < self.blamed_until else given
+
+    @property
+    def given(self) -> int:
+        """Requests that the router gave it and that are not over."""
+        return self.own_in_flight + self.elsewhere[0]
 
     @property
     def queued_tokens(self) -> int:

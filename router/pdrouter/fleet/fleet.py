@@ -3,6 +3,9 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from math import inf
+from time import monotonic
 from typing import Protocol
 
 from pdrouter.discovery.found import Found
@@ -11,6 +14,7 @@ from pdrouter.fleet.engine import Engine, Role
 
 _log = logging.getLogger(__name__)
 BY_HAND = "by hand"
+BLAMED_SECONDS = 5.0  # for which an engine's failures are load after the last one: a breaker's first pause
 
 
 class Watcher(Protocol):
@@ -130,9 +134,10 @@ class Fleet:
         for role in Role:
             self.engines[role] = tuple(held[key] for key in wanted if key[0] is role)
         for engine in gone:
+            engine.gone = True
             self._breakers.pop(engine).close()
         for engine in come:
-            self._breakers[engine] = Breaker(self._loop, self._choose_from)
+            self._breakers[engine] = Breaker(self._loop, partial(self._breaker_turned, engine))
         self._look_for_groups()
         for engine in gone:
             _log.info("engine=%s role=%s left", engine.url, engine.role)
@@ -163,6 +168,8 @@ class Fleet:
         if engine.healthy == healthy:
             return
         engine.healthy = healthy
+        if healthy:
+            engine.failures = 0  # what failed while it went down says nothing of how it is now
         level = logging.INFO if healthy else logging.WARNING
         _log.log(level, "engine=%s role=%s healthy=%s why=%s", engine.url, engine.role, str(healthy).lower(), why)
         for one in self._audience:
@@ -172,11 +179,10 @@ class Fleet:
     def succeeded(self, engine: Engine) -> None:
         """Record that a leg of a request ended well."""
         engine.answered += 1
-        if engine.failures:
-            breaker = self._breakers.get(engine)
-            if breaker is not None:
-                breaker.succeeded()
-            engine.failures = 0
+        engine.failures = 0
+        breaker = self._breakers.get(engine)
+        if breaker is not None:  # one on trial must hear of it although the engine has no failures since it came back
+            breaker.succeeded()
 
     def ended(self, engine: Engine, status: int) -> None:
         """Record how an engine answered; a 4xx is the client's fault and says that the engine works."""
@@ -187,19 +193,28 @@ class Fleet:
 
     def failed(self, engine: Engine, why: str) -> None:
         """Record that a leg failed by the engine's fault: a 5xx, a cut connection, an answer that is none."""
-        engine.failures += 1
-        engine.failed += 1
-        breaker = self._breakers.get(engine)
+        breaker = self._blame(engine)
         if breaker is not None:
             breaker.failed(engine.failures, f"{engine.url} role={engine.role} why={why}")
 
     def stalled(self, engine: Engine) -> None:
         """Record that an engine is silent although it has requests: it is left alone for a while."""
-        engine.failed += 1
-        engine.failures += 1
-        breaker = self._breakers.get(engine)
+        breaker = self._blame(engine)
         if breaker is not None:
             breaker.trip(f"{engine.url} role={engine.role} why=stalled")
+
+    def _blame(self, engine: Engine) -> Breaker | None:
+        engine.failures += 1
+        engine.failed += 1
+        engine.blamed_until = monotonic() + BLAMED_SECONDS
+        return self._breakers.get(engine)
+
+    def _breaker_turned(self, engine: Engine) -> None:
+        if not self.tripped(engine):
+            # It is to be tried, which policies that go by load would not do. The failures stay counted: where every
+            # engine fails, an engine's next failure must not seem to be the first (`pdrouter.handoff.edges`).
+            engine.blamed_until = -inf
+        self._choose_from()
 
     def may_serve(self, engine: Engine) -> bool:
         """Whether an engine is among those that may be chosen."""

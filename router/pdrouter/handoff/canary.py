@@ -92,7 +92,7 @@ class Canary:
             authorization: an encoded header line that engines want to see, or nothing.
         """
         self.outcomes: dict[str, int] = defaultdict(int)
-        self.differing: set[tuple[str, str]] = set()
+        self._differing: set[tuple[Engine, Engine]] = set()
         self._desk = desk
         self._interval = interval
         self._authorization = authorization
@@ -100,6 +100,11 @@ class Canary:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         desk.edges.try_again = self.try_edge
+
+    def differing(self) -> list[tuple[str, str]]:
+        """Give the ways over which the last canary came out different, as URLs; not those of engines that left."""
+        self._differing = {ends for ends in self._differing if not (ends[0].gone or ends[1].gone)}
+        return [(prefill.url, decode.url) for prefill, decode in self._differing]
 
     def start(self) -> None:
         """Begin, if there is an interval."""
@@ -154,14 +159,15 @@ class Canary:
             self.outcomes["failed"] += 1
             _log.warning("canary=failed prefill=%s decode=%s why=%s", prefill.url, decode.url, error)
             return
-        ends = prefill.url, decode.url
         if alike(told, alone):
             self.outcomes["alike"] += 1
-            self.differing.discard(ends)
+            self._differing.discard((prefill, decode))
         else:
             self.outcomes["differs"] += 1
-            self.differing.add(ends)
-            _log.error("canary=differs prefill=%s decode=%s handed_over=%s alone=%s", *ends, told, alone)
+            self._differing.add((prefill, decode))
+            _log.error(
+                "canary=differs prefill=%s decode=%s handed_over=%s alone=%s", prefill.url, decode.url, told, alone
+            )
 
     @staticmethod
     def _body(decode: Engine) -> dict[str, Any]:

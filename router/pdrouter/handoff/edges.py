@@ -75,6 +75,8 @@ class Edges:
 
     def worked(self, prefill: Engine, decode: Engine, seconds: float | None) -> None:
         """A handoff succeeded; `seconds` from the ticket to decode's first byte, if that is known."""
+        if prefill.gone or decode.gone:
+            return  # what it had in hand ends now; nobody would forget the way again
         edge = self._edge(prefill, decode)
         edge.handoffs += 1
         if seconds is None:
@@ -91,6 +93,8 @@ class Edges:
 
     def failed(self, prefill: Engine, decode: Engine, why: str) -> None:
         """A handoff failed although decode answers."""
+        if prefill.gone or decode.gone:
+            return
         self._failure(self._edge(prefill, decode), why)
 
     def _failure(self, edge: Edge, why: str) -> None:

@@ -51,7 +51,7 @@ class Ledger:
         """
         engine = ticket.prefill
         life = self._lives.get(engine)
-        if life != ticket.life:
+        if life != ticket.life and not engine.gone:  # no life is known of one that left, and none is to be kept
             self.void(engine)
             self._lives[engine] = ticket.life
         ticket.over = self.lease_over

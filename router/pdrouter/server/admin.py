@@ -103,7 +103,7 @@ class AdminRoutes:
             {
                 "url": engine.url, "name": engine.name, "role": engine.role.value, "healthy": engine.healthy,
                 "leaving": engine.leaving, "breaker_open": self._fleet.tripped(engine),
-                "in_flight": engine.in_flight - engine.failures,
+                "in_flight": engine.given,
                 "queued_tokens": engine.queued_tokens, "held_tokens": engine.held_tokens, "model": engine.model,
                 "waiting": engine.waiting, "running": engine.running, "kv_usage": engine.kv_usage,
                 "metrics_age": engine.metrics_age if engine.scraped_at > 0 else None,

@@ -18,7 +18,7 @@ from pdrouter.server.request import ClientRequest
 
 _log = logging.getLogger(__name__)
 _SEND_BUFFER = 128 * 1024  # bytes; Linux doubles it
-_YOUNG = 1.0  # seconds that a client has from its connection to its first request before an ending router closes
+_KEPT = 1.0  # seconds that a client has for its next or first request before an ending router closes
 
 
 class ListenError(Exception):
@@ -60,7 +60,7 @@ class Listener:
         self._handler = handler
         self._loop = loop
         self._tls: ssl.SSLContext | None = None
-        self._connections: dict[ClientConnection, float] = {}
+        self._connections: dict[ClientConnection, None] = {}
         self._of_client: dict[str, int] = {}
         self._crowd: set[ClientConnection] = set()
         self._server: Any = None  # asyncio's or uvloop's server: their sockets are of different types
@@ -115,7 +115,7 @@ class Listener:
 
     def joined(self, connection: ClientConnection, client: str) -> bool:
         """A connection is open; tell whether it may stay."""
-        self._connections[connection] = self._loop.time()
+        self._connections[connection] = None
         of_client = self._of_client.get(client, 0) + 1
         self._of_client[client] = of_client
         limits = self.limits
@@ -161,14 +161,9 @@ class Listener:
         self.draining = True
         if self._server is not None:
             await self._stop_listening(seconds)
-        # An answer that had begun has promised its client to stay; the next request is answered if it comes soon.
-        self.idle.seconds = min(self.idle.seconds, _YOUNG)
-        old = self._loop.time() - _YOUNG
-        for connection, since in list(self._connections.items()):
-            if since < old:
-                connection.close_if_idle()
-        # Who has just connected is about to send a request.
-        late = self._loop.call_later(_YOUNG, self._close_idle)
+        # Who has just connected, or has just had an answer, is about to send a request, and so is who was promised by
+        # the beginning of an answer that the connection stays. The next answer tells that it is the last one.
+        self.idle.shorten(_KEPT)
         if self._connections:
             self._empty.clear()
             try:
@@ -176,17 +171,12 @@ class Listener:
                     await self._empty.wait()
             except TimeoutError:
                 pass
-        late.cancel()
         left = len(self._connections)
         for connection in list(self._connections):
             connection.abort()
         for deadlines in (self.idle, self.head, self.body, self.write):
             deadlines.close()
         return left
-
-    def _close_idle(self) -> None:
-        for connection in list(self._connections):
-            connection.close_if_idle()
 
     async def _stop_listening(self, seconds: float) -> None:
         """Close the listening sockets, and serve who is connected without having been accepted yet.
