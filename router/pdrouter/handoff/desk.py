@@ -225,7 +225,7 @@ class Desk:
         """Let the policy know where a request goes; give how many tokens the engine has to compute for it."""
         learning = self._learning.get(role)
         uncached = asked.tokens
-        if learning is not None:
+        if learning is not None and not engine.gone:
             uncached = learning.uncached(asked, engine)
             learning.routed(asked, engine)
         engine.uncached += uncached
@@ -238,7 +238,7 @@ class Desk:
 
     def answered(self, role: Role, asked: Prompt, engine: Engine, answer: bytes) -> None:
         """Let the policy know what an engine answered."""
-        text = generated_text(answer)
+        text = b"" if engine.gone else generated_text(answer)
         if text:
             self._learning[role].answered(asked, engine, asked.continued(text))
 
