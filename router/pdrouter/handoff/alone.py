@@ -195,7 +195,7 @@ class Alone:
         """Ask another engine if this request and all together have tries left."""
         desk = self._desk
         self._failed += 1
-        if self._failed > EACH or not desk.retries.spend(desk.admission.running):
+        if self._failed > EACH or not desk.retries.spend():
             return False
         if self._engine is not None:
             self.refused.append(self._engine)

@@ -29,6 +29,7 @@ class Delivery:
         self.budget: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._served: list[Served] = []
+        self._under_way = 0
 
     def begin(self, *served: Served) -> None:
         """Serve as soon as there is room; at the request's deadline what is under way is broken off."""
@@ -37,7 +38,6 @@ class Delivery:
             self.desk.deadlines.start(self)
         else:
             self._timer = self.desk.loop.call_later(self.budget, self._over)
-        self.desk.retries.earn()
         self._served.extend(served)
         self.desk.admission.enter(self)
 
@@ -45,7 +45,7 @@ class Delivery:
         """Start serving (`pdrouter.handoff.admission`)."""
         for one in self._served[:]:
             if not self.settled:
-                one.start()
+                self._start(one)
 
     def turned_away(self, why: str, retry_after: int) -> None:
         """Tell the client to come back (`pdrouter.handoff.admission`)."""
@@ -55,7 +55,17 @@ class Delivery:
     def add(self, served: Served) -> None:
         """Start serving one part more."""
         self._served.append(served)
+        self._start(served)
+
+    def _start(self, served: Served) -> None:
+        self._under_way += 1
+        self.desk.retries.began()
         served.start()
+
+    def part_over(self) -> None:
+        """One of several parts has ended; the others go on."""
+        self._under_way -= 1
+        self.desk.retries.ended(1)
 
     def expired(self, deadlines: Deadlines) -> None:
         """Break off what is under way (`pdrouter.deadlines`)."""
@@ -87,6 +97,8 @@ class Delivery:
         else:
             self.desk.deadlines.stop(self)
         self.desk.admission.leave(self)
+        self.desk.retries.ended(self._under_way)
+        self._under_way = 0
         self._served.clear()
         self.desk.waiting.wake()
         self.record.status = status

@@ -301,7 +301,7 @@ class Pair(Handoff):
         other = desk.choose(Role.PREFILL, asked, [*self._refused, prefill])
         if other is None or not desk.has_room(other, asked) or (desk.picky and not desk.fits(other, decode)):
             return
-        if not desk.retries.spend(desk.admission.running):
+        if not desk.retries.spend(owing=False):
             return
         desk.hedged += 1
         self._record.retries += 1
@@ -735,7 +735,7 @@ class Pair(Handoff):
                 self._same = self._prefill
             elif self._same is engine:
                 self._same = None
-        if self._fruitless > EACH or not desk.retries.spend(desk.admission.running):
+        if self._fruitless > EACH or not desk.retries.spend():
             self._settle_failed(failure)
             return
         self._record.retries += 1

@@ -9,11 +9,11 @@ from math import inf
 import orjson
 
 from pdrouter.handoff.alone import Alone
-from pdrouter.handoff.batch import Batch, Part
+from pdrouter.handoff.batch import Batch, Part, PartPair
 from pdrouter.handoff.delivery import Delivery
 from pdrouter.handoff.desk import Desk
 from pdrouter.handoff.failure import JSON_HEADERS
-from pdrouter.handoff.pair import Pair, Served
+from pdrouter.handoff.pair import Pair
 from pdrouter.handoff.relay import Relay
 from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
@@ -183,14 +183,14 @@ class Routes:
         whole = self._keys.header_key(request.headers)
         deadline = desk.loop.time() + (budget(request.header(b"x-request-timeout"), desk.deadlines.seconds) or inf)
 
-        def make(number: int, part: Part) -> Served:
+        def make(number: int, part: Part) -> PartPair:
             body = part_body(asked.body, prompts[number])
             bare = encoded(body)
             key = whole or self._keys.routing_key((), body, bare)
             if number == 0:
                 record.reason = f"{desk.pair_reason(key)}:batch_of_{len(prompts)}"
             way = Way(b"POST", request.target, told, f"{record.request_id}-{number}", record.span)
-            return Pair(desk, way, COMPLETIONS, body, bare, Prompt(key, body), record, part, deadline)
+            return PartPair(desk, way, COMPLETIONS, body, bare, Prompt(key, body), record, part, deadline)
 
         batch = Batch(desk, request, record, len(prompts), asked.stream, make)
         batch.budget = budget(request.header(b"x-request-timeout"), desk.deadlines.seconds)
