@@ -193,7 +193,7 @@ def test_a_prompt_that_finds_the_queue_full_waits_for_another_of_its_list_to_end
                     await broken.wait()
                     await fail(seen, out)
                     return
-                elif prompt == "p1":
+                if prompt == "p1":
                     await go.wait()
                 await out.json(answer_to(seen))
 
