@@ -2,11 +2,13 @@
 
 import asyncio
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from pdrouter.fleet.engine import Role
 from pdrouter.handoff.retries import ALWAYS, RESERVE, SHARE, RetryBudget
+from pdrouter.server import routes
 from router.fakes import Answer, Bed, Behaviour, Out, Seen, answer_to, decode, run, until
 from router.test_failover import fail, fleet, quiet, seen_by
 
@@ -210,6 +212,25 @@ def test_a_prompt_that_finds_the_queue_full_waits_for_another_of_its_list_to_end
             go.set()
             assert (await large).status == 200
             assert (await asking).status == 200
+            await quiet(bed)
+
+    run(main)
+
+
+def test_a_bug_met_while_a_later_prompt_of_a_list_is_begun_ends_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = routes.part_body
+
+    def broken(body: Any, prompt: Any) -> dict[str, Any]:
+        if prompt == "p66":
+            raise RuntimeError("a bug")
+        return made(body, prompt)
+
+    monkeypatch.setattr(routes, "part_body", broken)
+
+    async def main() -> None:
+        async with fleet(1, 1) as bed:
+            told = await bed.complete([f"p{number}" for number in range(70)])
+            assert (told.status, told.error["type"]) == (500, "InternalServerError")
             await quiet(bed)
 
     run(main)

@@ -1741,7 +1741,7 @@ def test_an_engine_that_has_preempted_a_stream_for_whole_answers_is_not_taken_fo
     run(main)
 
 
-@pytest.mark.parametrize("core", ["full", "hangs", "tells nothing"])
+@pytest.mark.parametrize("core", ["full", "hangs", "hangs with room", "tells nothing"])
 def test_a_prefill_engine_without_room_may_be_silent_while_tickets_are_unused_and_one_that_hangs_may_not(
     core: str,
 ) -> None:
@@ -1764,8 +1764,13 @@ def test_a_prefill_engine_without_room_may_be_silent_while_tickets_are_unused_an
                 other.behave = hang if other is one else issue()
             if core != "tells nothing":
                 one.generated = 7
-                running = 0 if core == "full" else 1
-                one.counts = {"vllm:num_requests_waiting": 3 - running, "vllm:num_requests_running": running}
+                known = next(engine for engine in bed.router.fleet if engine.url == one.url)
+                known.kv_tokens, known.block_size = 1280, 128
+                running, used = 1 if core == "hangs" else 0, 0.3 if core == "hangs with room" else 0.9
+                one.counts = {
+                    "vllm:num_requests_waiting": 2, "vllm:num_requests_running": running,
+                    "vllm:kv_cache_usage_perc": used,
+                }  # fmt: skip
             asked = [asyncio.ensure_future(bed.complete("x" * n)) for n in range(1, 9)]
             await until(lambda: len(one.seen) > 1, "some wait for the silent engine")
             if core == "full":

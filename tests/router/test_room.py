@@ -7,6 +7,7 @@ import pytest
 
 from pdrouter.fleet.engine import Role
 from pdrouter.handoff import pair
+from pdrouter.handoff.retries import EACH
 from router.fakes import Answer, Behaviour, Out, Seen, answer_to, run, until
 from router.generation import CHAT
 from router.test_failover import COMPLETIONS, fail, fleet, generate, gone, hang, once, quiet, seen_by
@@ -340,5 +341,90 @@ def test_what_is_many_bytes_but_few_tokens_leaves_room_for_others(told: str) -> 
             await until(lambda: bed.decode.seen, "it is served")
             assert (await bed.complete("text", max_tokens=6000)).status == 200
             asking.cancel()
+
+    run(main)
+
+
+@pytest.mark.parametrize("why", ["closed", "of another kind"])
+def test_a_request_waits_for_no_engine_to_which_there_is_no_way(why: str) -> None:
+    async def main() -> None:
+        async with fleet(1, 2, queue_timeout_secs=5) as bed:
+            known = bed.router.fleet
+            small, large = known.engines[Role.DECODE]
+            small.kv_tokens, large.kv_tokens = 150, 1500
+            prefill = known.engines[Role.PREFILL][0]
+            if why == "closed":
+                for _ in range(10):
+                    bed.router.desk.edges.failed(prefill, large, "test")
+            else:
+                for one in known:
+                    known.grouped(one, "other" if one is large else "one")
+            assert (await asyncio.wait_for(bed.complete("large", max_tokens=500), 2)).status == 200
+            assert (await asyncio.wait_for(bed.complete("small", max_tokens=50), 2)).status == 200
+            await quiet(bed)
+
+    run(main)
+
+
+def test_small_requests_have_the_engine_that_is_too_small_for_the_one_before_them() -> None:
+    async def main() -> None:
+        async with fleet(1, 2, queue_timeout_secs=20) as bed:
+            small, large = bed.router.fleet.engines[Role.DECODE]
+            small.kv_tokens, large.kv_tokens = 100, 250
+            bed.decodes[1].behave = hang
+            occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=200))
+            await until(lambda: bed.decodes[1].seen, "the large engine is full")
+            waiting = asyncio.ensure_future(bed.complete("waits", max_tokens=150))
+            await until(lambda: bed.router.desk.waiting.count(None) == 1, "one waits for the large engine")
+            assert (await bed.complete("small", max_tokens=50)).status == 200
+            assert not waiting.done()
+            occupied.cancel()
+            waiting.cancel()
+
+    run(main)
+
+
+def test_the_last_try_is_not_spent_at_the_engine_that_keeps_failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair, "_GRUDGE", 0.05)
+
+    async def main() -> None:
+        async with fleet(1, 2, queue_timeout_secs=20) as bed:
+            for one in bed.router.fleet.engines[Role.DECODE]:
+                one.kv_tokens = 150
+            full, failing = bed.decodes
+            end = asyncio.Event()
+
+            async def wait(seen: Seen, out: Out) -> None:
+                await end.wait()
+                await out.json(answer_to(seen))
+
+            full.behave, failing.behave = wait, fail
+            occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=100))
+            await until(lambda: full.seen, "one engine is full")
+            asked = asyncio.ensure_future(bed.complete("unlucky", max_tokens=100))
+            await until(lambda: len(failing.seen) == EACH, "all tries but one are spent")
+            await until(lambda: bed.router.desk.waiting.count(None) == 1, "it waits for the other engine")
+            await asyncio.sleep(2)
+            assert len(failing.seen) == EACH
+            end.set()
+            assert [(await one).status for one in (occupied, asked)] == [200, 200]
+            await quiet(bed)
+
+    run(main)
+
+
+@pytest.mark.parametrize("limit", [{"queue_timeout_secs": 0.4}, {"queue_size": 0}])
+def test_the_engine_that_failed_a_request_is_better_than_none(limit: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with fleet(1, 2, **limit) as bed:
+            for one in bed.router.fleet.engines[Role.DECODE]:
+                one.kv_tokens = 150
+            full, failing = bed.decodes
+            full.behave = hang
+            occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=100))
+            await until(lambda: full.seen, "one engine is full")
+            failing.behave = once(fail, generate())
+            assert (await bed.complete("unlucky", max_tokens=100)).status == 200
+            occupied.cancel()
 
     run(main)

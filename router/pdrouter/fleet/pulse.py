@@ -14,7 +14,8 @@ from pdrouter.fleet.scrape import RUNNING, WAITING, values
 from pdrouter.upstream.pool import Pool
 
 _GENERATED = b"vllm:generation_tokens_total"
-_MORE = (b"vllm:prompt_tokens_total", b"vllm:iteration_tokens_total_count", b"vllm:kv_cache_usage_perc")
+_USAGE = b"vllm:kv_cache_usage_perc"
+_MORE = (b"vllm:prompt_tokens_total", b"vllm:iteration_tokens_total_count", _USAGE)
 
 
 def counters(page: bytes) -> list[float]:
@@ -95,4 +96,10 @@ class Pulse:
             self.well = self._pool.loop.time()
 
     def _full(self, page: bytes) -> bool:
-        return self._engine.pinned_tokens > 0 and sum(values(page, WAITING)) > 0 and sum(values(page, RUNNING)) == 0
+        """Whether nothing runs since what waits, which may be twice as long as is thought, finds no room."""
+        engine = self._engine
+        if not engine.pinned_tokens or sum(values(page, WAITING)) == 0 or sum(values(page, RUNNING)) > 0:
+            return False
+        longest = max((call.held for call in self._pool.open(engine)), default=0)
+        free = (1 - max(values(page, _USAGE), default=1.0)) * engine.kv_tokens
+        return free < 2 * longest + engine.block_size

@@ -15,13 +15,13 @@ from pdrouter.fleet.engine import Role
 from pdrouter.handoff.client import Client
 from pdrouter.handoff.delivery import Delivery
 from pdrouter.handoff.desk import Desk
-from pdrouter.handoff.failure import JSON_HEADERS, Failure, leg_failure
+from pdrouter.handoff.failure import JSON_HEADERS, Failure, leg_failure, router_failure
 from pdrouter.handoff.pair import Pair, State
 from pdrouter.handoff.way import Way
 from pdrouter.observe.record import Record
 from pdrouter.openai.batch import StreamMerge, merge_answers
 from pdrouter.openai.features import Prompt
-from pdrouter.upstream.connection import Headers
+from pdrouter.upstream.connection import Headers, note_own_failure
 
 # Prompts under way at once: a list of thousands must not open as many connections.
 _AT_ONCE = 64
@@ -125,9 +125,14 @@ class Batch(Delivery):
     def _start_more(self) -> None:
         """Start prompts until one has to wait: behind others that wait it gets its turn, and so does the next."""
         self._starting = True
-        while not self.settled and self._may_start():
-            self._start_next()
-        self._starting = False
+        try:
+            while not self.settled and self._may_start():
+                self._start_next()
+        except Exception:
+            note_own_failure()
+            self.fail(router_failure())
+        finally:
+            self._starting = False
 
     def _may_start(self) -> bool:
         return (

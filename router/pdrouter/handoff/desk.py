@@ -148,8 +148,10 @@ class Desk:
         decodes = [engine for engine in self.fleet.healthy(Role.DECODE) if engine not in refused]
         prefills = [engine for engine in self.fleet.healthy(Role.PREFILL) if engine not in refused]
         roomy = [engine for engine in decodes if self.has_room(engine, asked)]
+        large = [engine for engine in decodes if self._could_hold(engine, asked)]
         # A way that is closed is better than none; between engines of different kinds there is none.
-        for those, fits in ((roomy, self.fits), (decodes, self.fits), (decodes, self.fleet.compatible)):
+        open_, alike = self.fits, self.fleet.compatible
+        for those, fits in ((roomy, open_), (large, open_), (large, alike), (decodes, open_), (decodes, alike)):
             found = [engine for engine in prefills if any(fits(engine, decode) for decode in those)]
             if found:
                 one = prefill if prefill in found else self._roomy(Role.PREFILL, asked, found)
@@ -204,9 +206,20 @@ class Desk:
         size = engine.kv_tokens
         return not size or (asked.tokens if engine.role is Role.PREFILL else self.needs(asked)) <= size
 
+    def unfit(self, asked: Prompt) -> list[Engine]:
+        """Give the decode engines that a request has no use for: too small for it, or with no way to them."""
+        return [
+            engine for engine in self.fleet.healthy(Role.DECODE)
+            if not (self._could_hold(engine, asked) and self._reachable(engine))
+        ]  # fmt: skip
+
     def too_large(self, asked: Prompt) -> bool:
-        """Whether no decode engine's empty KV cache would hold a request, so that waiting for room is in vain."""
-        return not any(self._could_hold(engine, asked) for engine in self.fleet.healthy(Role.DECODE))
+        """Whether that are all, so that waiting for room is in vain."""
+        return len(self.unfit(asked)) == len(self.fleet.healthy(Role.DECODE))
+
+    def _reachable(self, decode: Engine) -> bool:
+        prefills = self.fleet.healthy(Role.PREFILL)
+        return not self.picky or not prefills or any(self.fits(prefill, decode) for prefill in prefills)
 
     def answered_with(self, tokens: int) -> None:
         """Learn how long answers are."""

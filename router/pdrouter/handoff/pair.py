@@ -121,8 +121,8 @@ class Pair(Handoff):
         "_alone", "_asked", "_bare", "_began", "_body", "_call", "_coming", "_coming_at", "_continued",
         "_decode", "_desk", "_first_at", "_fruitless", "_furthest", "_headed", "_hedge", "_lacking",
         "_leases_ended", "_leg", "_met", "_only", "_path", "_paused", "_place", "_prefill", "_record",
-        "_refused", "_refused_at", "_same", "_sink", "_stream", "_streams", "_ticket", "_way", "deadline", "passed",
-        "state",
+        "_refused", "_refused_at", "_same", "_sink", "_stream", "_streams", "_ticket", "_unfit", "_way", "deadline",
+        "passed", "state",
     )  # fmt: skip
 
     def __init__(
@@ -169,6 +169,7 @@ class Pair(Handoff):
         self._headed = False
         self._continued = False
         self._refused: list[Engine] = []
+        self._unfit: list[Engine] = []
         self._began = self._first_at = self._refused_at = 0.0
         self._only = False
         self._lacking = self._met = 0
@@ -177,8 +178,8 @@ class Pair(Handoff):
 
     @property
     def refused(self) -> Sequence[Engine]:
-        """Give the engines that have failed it of late."""
-        return self._refused
+        """Give the engines that have failed it of late, and those that it has no use for."""
+        return [*self._refused, *self._unfit] if self._unfit else self._refused
 
     def start(self) -> None:
         """Begin, or begin again; often called by a timer, where a bug would hang the request."""
@@ -234,11 +235,16 @@ class Pair(Handoff):
         self._refused_at = self._desk.loop.time()
 
     def _forgive(self) -> None:
-        """Forget what engines have failed it that may be well again: those that were away, after a while all."""
+        """Forget what engines have failed it that may be well again: those that were away, after a while all.
+
+        Not so for its last try, which is not to be spent at who keeps failing.
+        """
         refused, fleet = self._refused, self._desk.fleet
         if not refused:
             return
-        if self._desk.loop.time() - self._refused_at > _GRUDGE * 2 ** max(0, self._fruitless - 1):
+        if self._fruitless < EACH and self._desk.loop.time() - self._refused_at > _GRUDGE * 2 ** max(
+            0, self._fruitless - 1
+        ):
             refused.clear()
         else:
             self._refused = [engine for engine in refused if fleet.may_serve(engine)]
@@ -256,12 +262,17 @@ class Pair(Handoff):
             self._refused.clear()
             desk.later(self, self._fruitless)
             return
+        self._unfit = desk.unfit(self._asked) if role is None else []
         desk.waiting.park(self, role, self._headed or self._ticket is not None)
 
     def gave_up(self, role: Role | None, seconds: float, retry_after: int) -> None:
         """It waited as long as a request may wait (`pdrouter.handoff.waiting`)."""
         if role is not None:
             self._settle_failed(no_engine(role, seconds, retry_after))
+            return
+        if self._refused_some(Role.DECODE):  # they may have room, and it is them or nobody
+            self._refused.clear()
+            self.start()
             return
         headers = b"retry-after: %d\r\n" % retry_after
         message = f"No decode engine had room for the request within {seconds:.0f} s; try again in {retry_after} s."

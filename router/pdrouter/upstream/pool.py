@@ -27,8 +27,8 @@ class Call:
     """
 
     __slots__ = (
-        "_connecting", "_connection", "_held", "_pool", "_queued", "_request", "_resent", "_reused",
-        "aborted", "began", "counted", "engine", "paused", "perishable", "receiver", "whole",
+        "_connecting", "_connection", "_pool", "_queued", "_request", "_resent", "_reused",
+        "aborted", "began", "counted", "engine", "held", "paused", "perishable", "receiver", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -47,7 +47,7 @@ class Call:
         self._connecting: asyncio.Task[None] | None = None
         self.counted = counted
         self._resent = False
-        self._held = held
+        self.held = held
         self._queued = queued
         if counted:
             engine.own_in_flight += 1
@@ -112,7 +112,7 @@ class Call:
             self.counted = False
             engine = self.engine
             engine.own_in_flight -= 1
-            engine.own_held -= self._held
+            engine.own_held -= self.held
             engine.own_queued -= self._queued
             self._pool.closed(self)
             if self._pool.rows is not None:
