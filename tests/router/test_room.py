@@ -1,6 +1,8 @@
 """Waiting for room: who waits, behind whom, and who need not."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -8,9 +10,23 @@ import pytest
 from pdrouter.fleet.engine import Role
 from pdrouter.handoff import pair
 from pdrouter.handoff.retries import EACH
-from router.fakes import Answer, Behaviour, Out, Seen, answer_to, run, until
+from router.fakes import Answer, Bed, Behaviour, FakeEngine, Out, Seen, answer_to, run, until
 from router.generation import CHAT
 from router.test_failover import COMPLETIONS, fail, fleet, generate, gone, hang, once, quiet, seen_by
+
+
+@asynccontextmanager
+async def one_full(**told: Any) -> AsyncIterator[tuple[Bed, FakeEngine]]:
+    """Two decode engines, one of them full for the time being; give the other one."""
+    async with fleet(1, 2, **told) as bed:
+        for known in bed.router.fleet.engines[Role.DECODE]:
+            known.kv_tokens = 150
+        full, other = bed.decodes
+        full.behave = hang
+        occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=100))
+        await until(lambda: full.seen, "one engine is full")
+        yield bed, other
+        occupied.cancel()
 
 
 def test_prefill_does_not_begin_while_no_decode_engine_has_room_and_goes_on_by_deadline() -> None:
@@ -146,13 +162,7 @@ def test_a_request_that_no_engine_could_hold_is_the_engines_to_judge_and_holds_u
 
 def test_a_request_that_waits_for_another_engine_than_the_one_that_failed_it_holds_up_nobody_there() -> None:
     async def main() -> None:
-        async with fleet(1, 2, queue_timeout_secs=20) as bed:
-            for one in bed.router.fleet.engines[Role.DECODE]:
-                one.kv_tokens = 150
-            full, failing = bed.decodes
-            full.behave = hang
-            occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=100))
-            await until(lambda: full.seen, "one engine is full")
+        async with one_full(queue_timeout_secs=20) as (bed, failing):
             failing.behave = once(fail, generate())
             unlucky = asyncio.ensure_future(bed.complete("unlucky", max_tokens=100))
             await until(lambda: bed.router.desk.waiting.count(None) == 1, "it waits for the full one")
@@ -160,20 +170,13 @@ def test_a_request_that_waits_for_another_engine_than_the_one_that_failed_it_hol
                 assert (await bed.complete(f"later {number}", max_tokens=100)).status == 200
             assert bed.router.desk.waiting.count(None) == 1
             assert (await unlucky).status == 200, "after a while the engine that failed it will do"
-            occupied.cancel()
 
     run(main)
 
 
 def test_those_behind_a_request_that_waits_for_another_engine_are_tried_when_there_is_room() -> None:
     async def main() -> None:
-        async with fleet(1, 2, queue_timeout_secs=20) as bed:
-            for one in bed.router.fleet.engines[Role.DECODE]:
-                one.kv_tokens = 150
-            full, failing = bed.decodes
-            full.behave = hang
-            occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=100))
-            await until(lambda: full.seen, "one engine is full")
+        async with one_full(queue_timeout_secs=20) as (bed, failing):
             failing.behave = once(fail, generate())
             unlucky = asyncio.ensure_future(bed.complete("unlucky", max_tokens=100))
             await until(lambda: bed.router.desk.waiting.count(None) == 1, "it waits for the full one")
@@ -190,7 +193,6 @@ def test_those_behind_a_request_that_waits_for_another_engine_are_tried_when_the
             assert [told.status for told in await asyncio.gather(*asked)] == [200] * 4
             assert not unlucky.done()
             unlucky.cancel()
-            occupied.cancel()
 
     run(main)
 
@@ -278,13 +280,7 @@ def test_who_waits_for_room_has_an_engine_again_that_died_of_something_and_came_
     monkeypatch.setattr(pair, "_GRUDGE", 100.0)
 
     async def main() -> None:
-        async with fleet(1, 2, queue_timeout_secs=20) as bed:
-            for one in bed.router.fleet.engines[Role.DECODE]:
-                one.kv_tokens = 150
-            full, dying = bed.decodes
-            full.behave = hang
-            occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=100))
-            await until(lambda: full.seen, "one engine is full")
+        async with one_full(queue_timeout_secs=20) as (bed, dying):
             dying.behave = hang
             asked = asyncio.ensure_future(bed.complete("unlucky", max_tokens=100))
             await until(lambda: dying.seen, "the other has a request")
@@ -295,7 +291,6 @@ def test_who_waits_for_room_has_an_engine_again_that_died_of_something_and_came_
             back = next(one for one in bed.router.fleet if one.url == dying.url)
             bed.router.fleet.mark(back, True, "test")
             assert (await asked).status == 200
-            occupied.cancel()
 
     run(main)
 
@@ -416,15 +411,8 @@ def test_the_last_try_is_not_spent_at_the_engine_that_keeps_failing(monkeypatch:
 @pytest.mark.parametrize("limit", [{"queue_timeout_secs": 0.4}, {"queue_size": 0}])
 def test_the_engine_that_failed_a_request_is_better_than_none(limit: dict[str, Any]) -> None:
     async def main() -> None:
-        async with fleet(1, 2, **limit) as bed:
-            for one in bed.router.fleet.engines[Role.DECODE]:
-                one.kv_tokens = 150
-            full, failing = bed.decodes
-            full.behave = hang
-            occupied = asyncio.ensure_future(bed.complete("occupies", max_tokens=100))
-            await until(lambda: full.seen, "one engine is full")
+        async with one_full(**limit) as (bed, failing):
             failing.behave = once(fail, generate())
             assert (await bed.complete("unlucky", max_tokens=100)).status == 200
-            occupied.cancel()
 
     run(main)
