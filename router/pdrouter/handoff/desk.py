@@ -214,7 +214,7 @@ class Desk:
         ]  # fmt: skip
 
     def too_large(self, asked: Prompt) -> bool:
-        """Whether that are all, so that waiting for room is in vain."""
+        """Whether a request has a use for no decode engine, so that waiting for room is in vain."""
         return len(self.unfit(asked)) == len(self.fleet.healthy(Role.DECODE))
 
     def _reachable(self, decode: Engine) -> bool:

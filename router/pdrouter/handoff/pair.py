@@ -242,9 +242,8 @@ class Pair(Handoff):
         refused, fleet = self._refused, self._desk.fleet
         if not refused:
             return
-        if self._fruitless < EACH and self._desk.loop.time() - self._refused_at > _GRUDGE * 2 ** max(
-            0, self._fruitless - 1
-        ):
+        grudge = _GRUDGE * 2 ** max(0, self._fruitless - 1)
+        if self._fruitless < EACH and self._desk.loop.time() - self._refused_at > grudge:
             refused.clear()
         else:
             self._refused = [engine for engine in refused if fleet.may_serve(engine)]
