@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from router.fakes import Bed, Out, Seen, ask, event, read_answer, routed, run, until, wire
+from router.fakes import Bed, Behaviour, Out, Seen, ask, event, read_answer, routed, run, until, wire
 
 REQUEST = wire("POST", "/v1/completions", json.dumps({"model": "tiny", "prompt": "hi"}).encode())
 
@@ -115,8 +115,8 @@ def test_clients_that_send_one_request_after_another_lose_none_when_the_router_e
     run(main)
 
 
-def test_a_connection_that_was_promised_to_stay_has_a_second_for_its_next_request() -> None:
-    over = asyncio.Event()
+def in_two_pieces(over: asyncio.Event) -> Behaviour:
+    """Stream the first piece at once and the rest when told."""
 
     async def slow(seen: Seen, out: Out) -> None:
         await out.events()
@@ -124,6 +124,13 @@ def test_a_connection_that_was_promised_to_stay_has_a_second_for_its_next_reques
         await over.wait()
         await out.chunk(event(seen, 0, "b") + b"data: [DONE]\n\n")
         await out.end()
+
+    return slow
+
+
+def test_a_connection_that_was_promised_to_stay_has_a_second_for_its_next_request() -> None:
+    over = asyncio.Event()
+    slow = in_two_pieces(over)
 
     async def main() -> None:
         async with routed() as bed:
@@ -161,13 +168,7 @@ def test_who_connected_and_sends_nothing_holds_a_router_up_for_a_second_only() -
 
 def test_a_connection_whose_answer_was_under_way_holds_a_router_up_for_a_second_only() -> None:
     over = asyncio.Event()
-
-    async def slow(seen: Seen, out: Out) -> None:
-        await out.events()
-        await out.chunk(event(seen, 0, "a"))
-        await over.wait()
-        await out.chunk(event(seen, 0, "b") + b"data: [DONE]\n\n")
-        await out.end()
+    slow = in_two_pieces(over)
 
     async def main() -> None:
         async with routed() as bed:

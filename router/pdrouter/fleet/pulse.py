@@ -10,12 +10,11 @@ from math import inf
 
 from pdrouter.fleet.engine import Engine
 from pdrouter.fleet.page import Page
-from pdrouter.fleet.scrape import RUNNING, WAITING, values
+from pdrouter.fleet.scrape import RUNNING, USAGE, WAITING, values
 from pdrouter.upstream.pool import Pool
 
 _GENERATED = b"vllm:generation_tokens_total"
-_USAGE = b"vllm:kv_cache_usage_perc"
-_MORE = (b"vllm:prompt_tokens_total", b"vllm:iteration_tokens_total_count", _USAGE)
+_MORE = (b"vllm:prompt_tokens_total", b"vllm:iteration_tokens_total_count", USAGE)
 
 
 def counters(page: bytes) -> list[float]:
@@ -101,5 +100,5 @@ class Pulse:
         if not engine.pinned_tokens or sum(values(page, WAITING)) == 0 or sum(values(page, RUNNING)) > 0:
             return False
         longest = max((call.held for call in self._pool.open(engine)), default=0)
-        free = (1 - max(values(page, _USAGE), default=1.0)) * engine.kv_tokens
+        free = (1 - max(values(page, USAGE), default=1.0)) * engine.kv_tokens
         return free < 2 * longest + engine.block_size

@@ -17,6 +17,7 @@ from pdrouter.upstream.pool import Pool
 _log = logging.getLogger(__name__)
 WAITING = b"vllm:num_requests_waiting"
 RUNNING = b"vllm:num_requests_running"
+USAGE = b"vllm:kv_cache_usage_perc"
 _BLOCKS = re.compile(rb'num_gpu_blocks="(\d+)"')
 _BLOCK_SIZE = re.compile(rb'[{,]block_size="(\d+)"')
 
@@ -56,7 +57,7 @@ def read(page: bytes, engine: Engine) -> bool:
     """Put a page's numbers into an engine's load row; tell whether they were there."""
     waiting = values(page, WAITING)
     running = values(page, RUNNING)
-    usage = values(page, b"vllm:kv_cache_usage_perc")
+    usage = values(page, USAGE)
     if not (waiting and running and usage):
         return False
     engine.waiting, engine.running = sum(waiting), sum(running)
