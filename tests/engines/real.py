@@ -18,7 +18,7 @@ STARTS = 600  # seconds within which engines are up, on two busy cores
 BLOCK = 128
 LONGEST = 16384  # tokens of a request: half a minute of decoding on a quick machine
 # Steps of 128 tokens on all engines: a prompt's prefill takes a while and can be met half done, and one engine alone
-# computes with the same shapes as two.
+# computes with the same shapes as two. Few processes for few cores: the executor is part of the engine core's.
 COMMON = (
     "--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK),
     "--max-model-len", str(LONGEST), "--hf-overrides", json.dumps({"max_position_embeddings": LONGEST}),
@@ -34,15 +34,16 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",
     "UCX_TLS": "tcp,shm,self",
-    # With the executor in the engine core's process: else a wake-up between the two gets lost now and then on a busy
-    # machine, and a step waits 5 s for vLLM's shared-memory queue to look again.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
 
 @dataclass
 class RealEngine(Process):
-    """One `vllm serve`, in a session of its own so that all of it can be killed at once."""
+    """One `vllm serve`, a process group of its own so that all of it can be killed at once.
+
+    No session of its own: kernels with `sched_autogroup_enabled` schedule each session as one, and Linux 6.18 was seen
+    to let runnable threads of such sessions wait for a minute on two busy cores.
+    """
 
     environment: dict[str, str] = field(default_factory=dict)
     _client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30))
@@ -52,7 +53,7 @@ class RealEngine(Process):
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 closed by stop()
         self.process = subprocess.Popen(
             self.command, stdout=self.log, stderr=subprocess.STDOUT, env=os.environ | self.environment,
-            start_new_session=True,
+            process_group=0,
         )  # fmt: skip
         return self
 

@@ -26,8 +26,6 @@ pytestmark = pytest.mark.timeout(2 * STARTS + 300)
 LONG = 1000  # words: a prompt of some 1,500 tokens, a dozen steps
 LEASE = 6  # seconds, of the hasty prefill engine
 PATIENCE = ("--request-timeout-secs", "280", "--queue-timeout-secs", "270")
-# Beside a decode engine that works without a pause, steps of the CPU build's prefill wait for 5 s, several times over.
-UNHURRIED = (*PATIENCE, "--stall-timeout-secs", "60")
 Measured = Callable[[str], None]
 
 
@@ -253,7 +251,7 @@ def test_clients_that_leave_about_when_prefill_ends_leave_no_blocks_pinned(
 def test_clients_that_leave_in_the_middle_of_a_stream_leave_nothing_running(
     engines: Engines, measured: Measured
 ) -> None:
-    with router([engines.prefill], engines.decodes, *UNHURRIED) as routed:
+    with router([engines.prefill], engines.decodes, *PATIENCE) as routed:
         endless: dict[str, Any] = {"max_tokens": LONGEST - 100, "ignore_eos": True, "stream": True}
         visitors = [Visitor(routed, *text(20, **endless)) for _ in range(4)]
         try:
@@ -342,7 +340,7 @@ def test_a_decode_engine_killed_in_the_middle_of_streams_costs_nothing_but_time(
 ) -> None:
     fields: dict[str, Any] = {"max_tokens": 4000, "ignore_eos": True, "stream": True, "user": "streams"} | USAGE
     requests = [maker(40, **fields) for maker in (text, chat, text, chat)]
-    with router([engines.prefill], engines.decodes, *UNHURRIED) as routed:
+    with router([engines.prefill], engines.decodes, *PATIENCE) as routed:
         victim = serving(routed, engines, "streams")
         asked = [pool.submit(post, routed, *request) for request in requests]
         under_way = until(lambda: (now := victim.running) >= 2 and now, 60, "streams are on their way")
@@ -443,7 +441,7 @@ def test_requests_that_wait_in_decode_for_longer_than_a_lease_get_the_right_text
         return hasty.metric("vllm:nixl_num_kv_expired_reqs_total")
 
     before = ended()
-    with router([hasty], [decode], "--kv-lease-seconds", str(LEASE), *UNHURRIED) as routed:
+    with router([hasty], [decode], "--kv-lease-seconds", str(LEASE), *PATIENCE) as routed:
         post(hasty, COMPLETIONS, completion(fresh(200), max_tokens=1))  # an engine's first takes seconds
         with busy(decode, 8):
             asked = [pool.submit(post, routed, COMPLETIONS, body) for body in bodies]
