@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",
     "UCX_TLS": "tcp,shm,self",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else the CPU build makes the executor a process of its own all the same
 }
 
 
